@@ -1,0 +1,168 @@
+"""Weights files: safetensors with one JSON header, and the lookup of bundled ones.
+
+Nothing in a weights file is ever executed or unpickled. The header is checked
+against the tensors before anything is allocated, so that a damaged or hostile
+file costs one clear error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from cdnctl.errors import ConfigError, WeightsError
+from cdnctl.models import architecture
+
+FORMAT_VERSION = 1
+SUFFIX = ".safetensors"
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weights file says of itself. All plain JSON values."""
+
+    name: str
+    arch: str
+    model: Mapping[str, Any]  # fields of the architecture's config
+    classes: tuple[str, ...]
+    sigma_range: tuple[float, float]  # noise levels seen in training, in [0, 1] pixel units
+    patch: int  # side of the training crops, in pixels
+    training: Mapping[str, Any] = field(default_factory=dict)  # config, steps, pictures, seconds
+    data: str = ""
+    licence: str = "MIT"
+    version: str = ""  # of cdnctl
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    value_range: tuple[float, float] = (0.0, 1.0)
+    format_version: int = FORMAT_VERSION
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write to a temporary file beside ``path``, then rename: never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_model(
+    path: Path, state: Mapping[str, Tensor], header: Header, dtype: torch.dtype | None = None
+) -> None:
+    """Write weights, float tensors as ``dtype`` (None: as they are), with their header."""
+    tensors = {}
+    for key, value in state.items():
+        value = value.detach().cpu().contiguous()
+        tensors[key] = value.to(dtype) if dtype and value.is_floating_point() else value
+    write_atomically(path, save(tensors, metadata={"cdnctl": json.dumps(asdict(header))}))
+
+
+def read_header(path: Path) -> Header:
+    """The header of a weights file; WeightsError if it is missing, damaged or foreign."""
+    return _open(path)[0]
+
+
+def _open(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    if not path.is_file():
+        raise WeightsError(f"no weights file {str(path)!r}; 'cdnctl models' lists the bundled ones")
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = (file.metadata() or {}).get("cdnctl")
+            if raw is None:
+                raise WeightsError(
+                    f"{str(path)!r} was not written by cdnctl: its metadata lacks the key 'cdnctl'"
+                )
+            header = _parse_header(path, raw)
+            return header, {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        raise WeightsError(
+            f"{str(path)!r} is not a readable safetensors file ({error}); "
+            "it may be damaged or of another format: fetch or train it again"
+        ) from None
+
+
+def _parse_header(path: Path, raw: str) -> Header:
+    try:
+        values = json.loads(raw)
+        version = values["format_version"]
+        if version != FORMAT_VERSION:
+            raise WeightsError(
+                f"{str(path)!r} has weights format {version!r}, but this cdnctl reads "
+                f"{FORMAT_VERSION}: install the version that wrote it ({values.get('version')!r})"
+            )
+        known = {f.name for f in fields(Header)}
+        values = {k: v for k, v in values.items() if k in known}
+        classes = tuple(str(c) for c in values.pop("classes"))
+        low, high = (float(v) for v in values.pop("sigma_range"))
+        return Header(classes=classes, sigma_range=(low, high), **values)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{str(path)!r} has a damaged cdnctl header: {error!r}") from None
+
+
+def build_module(header: Header) -> nn.Module:
+    """An untrained module of the header's architecture, on whatever device is current."""
+    from cdnctl.training.config import build  # the one checker of config sections
+
+    arch = architecture(header.arch)
+    module: nn.Module = arch.module(build(arch.config, header.model, "model"))
+    return module
+
+
+def load_model(path: Path) -> tuple[nn.Module, Header]:
+    """Module with its weights in float32 on the CPU, in eval mode, and the header.
+
+    WeightsError if tensors are missing, surplus, of another shape, or not finite.
+    """
+    header, state = _open(path)
+    try:
+        with torch.device("meta"):  # compare shapes before any memory is taken
+            module = build_module(header)
+    except (ConfigError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise WeightsError(f"{str(path)!r} describes an impossible model: {error}") from None
+    expected = {k: v.shape for k, v in module.state_dict().items()}
+    for key in sorted(expected.keys() ^ state.keys()):
+        kind = "lacks the tensor" if key in expected else "has the unknown tensor"
+        raise WeightsError(f"{str(path)!r} {kind} {key!r}")
+    for key, value in state.items():
+        if value.shape != expected[key]:
+            raise WeightsError(
+                f"{str(path)!r}: {key!r} has shape {tuple(value.shape)}, "
+                f"but its config needs {tuple(expected[key])}"
+            )
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise WeightsError(f"{str(path)!r}: {key!r} holds values that are not finite numbers")
+    module = build_module(header)
+    module.load_state_dict({k: v.float() for k, v in state.items()})
+    return module.eval().requires_grad_(False), header
+
+
+def file_hash(path: Path) -> str:
+    """First 16 hex digits of the file's SHA-256: names weights in reports and manifests."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def weights_folder() -> Path:
+    """Folder of the bundled weights: inside the installed package, or beside it in a checkout."""
+    inside = PACKAGE / "weights"
+    return inside if inside.is_dir() else PACKAGE.parent / "weights"
+
+
+def bundled() -> dict[str, Path]:
+    """Bundled weights by name."""
+    return {p.stem: p for p in sorted(weights_folder().glob(f"*{SUFFIX}"))}

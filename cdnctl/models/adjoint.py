@@ -1,0 +1,192 @@
+"""Layers that know their adjoint.
+
+The score of a scalar network is its gradient, and a gradient is an ordinary
+feed-forward computation with tied weights: run the layers forward, then their
+adjoints backward. Every layer here returns ``(output, adjoint)``, where
+``adjoint(g)`` maps a cotangent of the output to the cotangent of the input.
+
+Autograd would do the same with ``create_graph=True``, but pays for it: training
+then differentiates through the double-backward formulas of convolutions and
+norms, which are slow. Written out, the whole thing is one plain graph that runs
+under ``no_grad`` at inference, trains with a single ordinary backward pass, and
+compiles into one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Adjoint = Callable[[Tensor], Tensor]
+
+
+def _stat_dtype(x: Tensor) -> torch.dtype:
+    """Statistics of half-precision features are taken in float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class Conv(nn.Module):
+    """Bias-free convolution (B, C_in, H, W) -> (B, C_out, H/stride, W/stride).
+
+    A kernel of 3 at stride 1 keeps the size, 4 at stride 2 halves it with
+    overlapping (hence less aliased) windows, 2 at stride 2 halves it without.
+    H and W must be multiples of the stride, so that the transposed convolution
+    restores exactly the input's size.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, gain: float = 1.0):
+        super().__init__()
+        self.stride = stride
+        self.padding = (kernel - stride + 1) // 2
+        weight = torch.randn(c_out, c_in, kernel, kernel)
+        if stride > 1 and kernel == 4:
+            # Start from smooth windows: a white 4x4 kernel aliases as much as a 2x2 one.
+            taper = torch.tensor([1.0, 3.0, 3.0, 1.0])
+            taper = torch.outer(taper, taper)
+            weight = weight * taper / taper.square().mean().sqrt()
+        self.weight = nn.Parameter(weight * gain / (c_in * kernel**2) ** 0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Adjoint]:
+        w = self.weight.to(x.dtype)
+        y = F.conv2d(x, w, stride=self.stride, padding=self.padding)
+        return y, lambda g: F.conv_transpose2d(g, w, stride=self.stride, padding=self.padding)
+
+
+class PixelNorm(nn.Module):
+    """RMS norm over the channels of each pixel, with a gain per channel.
+
+    y = gain * x / sqrt(mean_c x^2 + eps). It depends on nothing outside the
+    pixel, so a tile of a picture is treated as the whole picture would be.
+    """
+
+    eps = 1e-4
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Adjoint]:
+        gain = self.gain.view(1, -1, 1, 1)
+        wide = x.to(_stat_dtype(x))
+        rstd = (wide.square().mean(1, keepdim=True) + self.eps).rsqrt()
+        n = wide * rstd
+
+        def adjoint(g: Tensor) -> Tensor:
+            g = g.to(n.dtype) * gain
+            return (rstd * (g - n * (g * n).mean(1, keepdim=True))).to(x.dtype)
+
+        return (n * gain).to(x.dtype), adjoint
+
+
+class GroupNorm(nn.Module):
+    """Group norm with a gain and no bias: statistics over (C/groups, H, W) of each picture.
+
+    For networks of one fixed input size: the output at a pixel depends on the whole picture.
+    """
+
+    eps = 1e-4
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.groups = groups
+        self.gain = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Adjoint]:
+        b, c, h, w = x.shape
+        split = (b, self.groups, c // self.groups, h, w)
+        axes = (2, 3, 4)
+        gain = self.gain.view(1, -1, 1, 1)
+        wide = x.to(_stat_dtype(x)).view(split)
+        centred = wide - wide.mean(axes, keepdim=True)
+        rstd = (centred.square().mean(axes, keepdim=True) + self.eps).rsqrt()
+        n = centred * rstd
+
+        def adjoint(g: Tensor) -> Tensor:
+            g = (g.to(n.dtype) * gain).view(split)
+            g = g - g.mean(axes, keepdim=True) - n * (g * n).mean(axes, keepdim=True)
+            return (rstd * g).view(x.shape).to(x.dtype)
+
+        return (n.view(x.shape) * gain).to(x.dtype), adjoint
+
+
+class NoNorm(nn.Module):
+    """The identity, for networks without normalisation."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Adjoint]:
+        return x, lambda g: g
+
+
+class Activation(nn.Module):
+    """Smooth pointwise non-linearity: the score must be continuous, which excludes ReLU."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Adjoint]:
+        # The aten backward kernels are single passes and differentiable themselves.
+        if self.kind == "gelu":
+            return F.gelu(x), lambda g: torch.ops.aten.gelu_backward(g, x)
+        return F.silu(x), lambda g: torch.ops.aten.silu_backward(g, x)
+
+
+class Chain(nn.Module):
+    """Layers in sequence; the adjoint runs their adjoints in reverse."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Adjoint]:
+        adjoints: list[Adjoint] = []
+        for layer in self.layers:
+            x, adjoint = layer(x)
+            adjoints.append(adjoint)
+
+        def run(g: Tensor) -> Tensor:
+            for adjoint in reversed(adjoints):
+                g = adjoint(g)
+            return g
+
+        return x, run
+
+
+class Residual(nn.Module):
+    """x + branch(x)."""
+
+    def __init__(self, branch: Chain):
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Adjoint]:
+        y, adjoint = self.branch(x)
+        return x + y, lambda g: g + adjoint(g)
+
+
+class QuadraticForm(nn.Module):
+    """Signed sum of squares of a 1x1 projection: u(x) = 1/2 sum_k s_k (P x)_k^2.
+
+    Half of the signs s_k are +1, half -1, so the form may be indefinite: minus
+    a log-density is not convex. ``forward`` gives its gradient P^T (s * P x),
+    ``energy`` its value per picture.
+    """
+
+    def __init__(self, channels: int, rank: int, gain: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rank, channels, 1, 1) * gain / channels**0.5)
+        sign = torch.ones(1, rank, 1, 1)
+        sign[:, 1::2] = -1
+        self.register_buffer("sign", sign, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.to(x.dtype)
+        return F.conv_transpose2d(F.conv2d(x, w) * self.sign.to(x.dtype), w)
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Value of the form, (B,), summed over pixels in at least float32."""
+        x = x.to(_stat_dtype(x))
+        squares = F.conv2d(x, self.weight.to(x.dtype)).square() * self.sign.to(x.dtype)
+        return 0.5 * squares.sum((1, 2, 3))

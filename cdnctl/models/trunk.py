@@ -1,0 +1,221 @@
+"""What all architectures share: the shape of a network, its trunk and its class head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdnctl.core.joint import per_class, per_sample
+from cdnctl.models.adjoint import (
+    Activation,
+    Adjoint,
+    Chain,
+    Conv,
+    GroupNorm,
+    NoNorm,
+    PixelNorm,
+    Residual,
+)
+
+PRIOR_STD = 0.25  # s0: about the standard deviation of the pixels of natural images
+MIN_SIGMA = 1e-4  # below this (0.03 of 255) a noise level is treated as this one
+
+Weights = Tensor | Callable[[Tensor], Tensor] | None
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    """Shape of a network.
+
+    ``widths`` and ``blocks`` give one entry per stage; each later stage works at
+    half the resolution of the one before. ``unshuffle`` folds squares of that
+    many pixels into channels before the first stage (1: full resolution).
+    ``down`` is the kernel of the strided convolution between stages: 2 or 4.
+    ``side`` is the rank of a stage's quadratic side connection as a multiple of
+    its width (0: only the last stage enters the energy). ``head`` is the width
+    of the hidden layer in front of the class scores.
+    """
+
+    num_classes: int = 10
+    channels: int = 3
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    unshuffle: int = 1
+    norm: str = "group"
+    groups: int = 8
+    activation: str = "gelu"
+    down: int = 4
+    side: float = 1.0
+    head: int = 512
+
+    def __post_init__(self) -> None:
+        if not self.widths or len(self.widths) != len(self.blocks):
+            raise ValueError(
+                f"widths {self.widths} and blocks {self.blocks} need one entry per stage each"
+            )
+        for name, value, known in (
+            ("norm", self.norm, ("group", "pixel", "none")),
+            ("activation", self.activation, ("gelu", "silu")),
+            ("down", self.down, (2, 4)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, but must be one of {known}")
+        sizes = (self.num_classes, self.channels, self.unshuffle, self.groups, self.head)
+        if min(*sizes, *self.widths) < 1 or min(self.blocks) < 0 or self.side < 0:
+            raise ValueError(f"sizes must be positive: {self}")
+        if self.norm == "group" and any(w % self.groups for w in self.widths):
+            raise ValueError(f"widths {self.widths} must be multiples of groups {self.groups}")
+
+    @property
+    def multiple(self) -> int:
+        """Sides that are multiples of this number need no padding."""
+        return int(self.unshuffle * 2 ** (len(self.widths) - 1))
+
+    @property
+    def receptive_radius(self) -> int:
+        """Farthest distance in pixels at which an input pixel moves a denoised one.
+
+        Encoder and decoder (or adjoint) each reach as far as the trunk does.
+        Class scores, means over the whole picture, are not counted; nor is group norm.
+        """
+        cell = self.unshuffle
+        reach = 2 * cell - 1
+        for i, blocks in enumerate(self.blocks):
+            if i > 0:
+                reach += (self.down // 2) * cell
+                cell *= 2
+            reach += 2 * blocks * cell
+        return 2 * reach
+
+
+class Normalised:
+    """A noisy picture at unit scale, and the way back.
+
+    z = (y - 1/2) / tau, (B, C, H', W'), padded with zeros to multiples of
+    ``multiple``; sigma and tau are (B or 1, 1, 1, 1).
+    """
+
+    def __init__(self, y: Tensor, sigma: Tensor | float, multiple: int):
+        self.y = y
+        self.sigma = per_sample(sigma, y).clamp_min(MIN_SIGMA)
+        self.tau = (self.sigma.square() + PRIOR_STD**2).sqrt()
+        z = (y - 0.5) / self.tau
+        pad = [-n % multiple for n in y.shape[-2:]]
+        self.z = F.pad(z, (0, pad[1], 0, pad[0])) if any(pad) else z
+
+    def denoised(self, g: Tensor, total: Tensor | float = 1.0) -> Tensor:
+        """y + sigma^2 score, where the score's learnt part is g = grad_z(...) at unit scale."""
+        g = g[..., : self.y.shape[2], : self.y.shape[3]].to(self.y.dtype)
+        prior = total * (self.sigma / self.tau).square() * (self.y - 0.5)
+        return self.y - prior + (self.sigma * PRIOR_STD / self.tau) * g
+
+
+def mixture(weights: Weights, logits: Tensor) -> Tensor:
+    """Class weights (B, K): given, computed from the class scores, or the posterior."""
+    if weights is None:
+        return logits.softmax(1)
+    return per_class(weights(logits) if callable(weights) else weights, logits)
+
+
+def make_norm(config: NetConfig, width: int) -> nn.Module:
+    """The normalisation layer that the config names."""
+    if config.norm == "group":
+        return GroupNorm(width, config.groups)
+    return PixelNorm(width) if config.norm == "pixel" else NoNorm()
+
+
+def make_blocks(config: NetConfig, width: int, count: int) -> list[nn.Module]:
+    """Residual blocks: one norm, two 3x3 convolutions, one activation between them."""
+    # Branches start small, so that a deep stack starts near the identity.
+    small = sum(config.blocks) ** -0.5 if count else 1.0
+    return [
+        Residual(
+            Chain(
+                make_norm(config, width),
+                Conv(width, width, 3, gain=2**0.5),
+                Activation(config.activation),
+                Conv(width, width, 3, gain=small),
+            )
+        )
+        for _ in range(count)
+    ]
+
+
+class Trunk(nn.Module):
+    """Encoder: noisy picture and noise level to the features of every stage."""
+
+    def __init__(self, config: NetConfig):
+        super().__init__()
+        self.config = config
+        self.stem = Conv(config.channels * config.unshuffle**2 + 1, config.widths[0], 3)
+        stages = []
+        for i, (width, count) in enumerate(zip(config.widths, config.blocks, strict=True)):
+            down = [Conv(config.widths[i - 1], width, config.down, stride=2)] if i else []
+            stages.append(Chain(*down, *make_blocks(config, width, count)))
+        self.stages = nn.ModuleList(stages)
+
+    def forward(
+        self, n: Normalised, dtype: torch.dtype | None
+    ) -> tuple[list[Tensor], Callable[[list[Tensor | None]], Tensor]]:
+        """Features of every stage, and the adjoint: a cotangent for each of them
+        (None: zero) to the cotangent of z, (B, C, H', W')."""
+        cell = self.config.unshuffle
+        h = F.pixel_unshuffle(n.z, cell)
+        folded = h.shape[1]
+        # The noise level in the unit of z: the standard deviation of z's noise.
+        level = (n.sigma / n.tau).expand(h.shape[0], 1, *h.shape[-2:])
+        h = torch.cat([h, level], 1).to(dtype or h.dtype)
+        h = h.contiguous(memory_format=torch.channels_last)
+        h, stem_adjoint = self.stem(h)
+        features: list[Tensor] = []
+        adjoints: list[Adjoint] = []
+        for stage in self.stages:
+            h, adjoint = stage(h)
+            features.append(h)
+            adjoints.append(adjoint)
+
+        def run(cotangents: list[Tensor | None]) -> Tensor:
+            g: Tensor | None = None
+            for cotangent in reversed(cotangents):
+                if g is None:
+                    g = cotangent
+                elif cotangent is not None:
+                    g = g + cotangent
+                if g is not None:
+                    g = adjoints.pop()(g)
+            assert g is not None, "the last stage always has a cotangent"
+            return F.pixel_shuffle(stem_adjoint(g)[:, :folded].to(n.z.dtype), cell)
+
+        return features, run
+
+
+class ClassHead(nn.Module):
+    """Class scores: norm, 1x1 convolution, activation, mean over the picture, linear map.
+
+    The mean is taken in float32 or better, whatever the precision of the trunk.
+    """
+
+    def __init__(self, config: NetConfig):
+        super().__init__()
+        width = config.widths[-1]
+        self.features = Chain(
+            make_norm(config, width), Conv(width, config.head, 1), Activation(config.activation)
+        )
+        self.linear = nn.Linear(config.head, config.num_classes)
+        nn.init.normal_(self.linear.weight, std=config.head**-0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Adjoint]:
+        """(B, K) class scores, and the adjoint: (B, K) weights to a cotangent of h."""
+        top, adjoint = self.features(h)
+        logits = self.linear(top.to(self.linear.weight.dtype).mean((2, 3)))
+
+        def run(w: Tensor) -> Tensor:
+            g = (w @ self.linear.weight)[:, :, None, None] / (top.shape[2] * top.shape[3])
+            return adjoint(g.to(top.dtype).expand_as(top))
+
+        return logits, run

@@ -1,0 +1,171 @@
+"""The training config: a TOML file, checked key by key before anything runs."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from cdnctl.errors import ConfigError
+from cdnctl.models import architecture
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a batch is made of."""
+
+    patch: int = 64  # side of the square crops, in pixels
+    batch: int = 16  # pictures per step, all processes together
+    labelled_share: float = 0.5  # of a batch, where both kinds of pictures are there
+    shift: int = 0  # labelled crops may reach this many pixels over the edge (reflected)
+    rotate: bool = True  # quarter turns for unlabelled pictures; flips are always on
+    holdout: int = 500  # pictures kept out for validation where a dataset has no val/ folder
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Noise levels, on the 0..255 scale of the command line."""
+
+    low: float = 0.0
+    high: float = 60.0
+    power: float = 1.0  # sigma = low + (high - low) u^power
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """loss = score * score matching + classes * cross-entropy."""
+
+    score: float = 1.0
+    score_power: float = 0.0  # weighs noise level sigma by sigma^power
+    classes: float = 0.02
+    smoothing: float = 0.0  # label smoothing of the cross-entropy
+    conditional: float = 0.5  # share of labelled pictures denoised with their true class
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and cosine decay to zero, averaged weights, guarded steps."""
+
+    steps: int = 100_000
+    lr: float = 2e-3
+    warmup: int = 500
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    ema: float = 0.999
+    clip: float = 3.0  # gradient norm is clipped to this multiple of its running mean
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How the run goes, without influence on what it converges to."""
+
+    seed: int = 0
+    precision: str = "auto"  # auto, float32, bfloat16
+    compile: bool = False  # torch.compile the step: minutes to start, then faster
+    log_every: int = 100
+    validate_every: int = 2000
+    checkpoint_every: int = 1000
+    validate_sigmas: tuple[float, ...] = (15.0, 25.0, 50.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training config; ``model`` holds ``arch`` and that architecture's fields."""
+
+    name: str = "model"
+    model: Mapping[str, Any] = field(default_factory=lambda: {"arch": "gradresnet"})
+    data: DataConfig = DataConfig()
+    noise: NoiseConfig = NoiseConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict with every default written out, ready for JSON."""
+        return asdict(self)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    inner = float if "float" in str(hint) else int
+    return isinstance(value, list | tuple) and all(_fits(v, inner) for v in value)
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A frozen dataclass from a mapping; an unknown key or a wrong type is a ConfigError."""
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} in {where}; known keys: {', '.join(known)}")
+        if not _fits(value, hints[key]):
+            raise ConfigError(f"{where}.{key} is {value!r}, but must be of type {hints[key]}")
+    clean = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return cls(**clean)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def parse(raw: Mapping[str, Any]) -> TrainConfig:
+    """TrainConfig from nested plain values (a parsed TOML file or ``to_dict``)."""
+    sections = {
+        "data": DataConfig,
+        "noise": NoiseConfig,
+        "loss": LossConfig,
+        "optim": OptimConfig,
+        "run": RunConfig,
+    }
+    known = ["name", "model", *sections]
+    for key, value in raw.items():
+        if key not in known:
+            raise ConfigError(f"unknown section {key!r}; known sections: {', '.join(known)}")
+        if key != "name" and not isinstance(value, Mapping):
+            raise ConfigError(f"{key} is {value!r}, but must be a section, [{key}]")
+    parts = {k: build(cls, raw.get(k, {}), k) for k, cls in sections.items()}
+    model = dict(raw.get("model", {"arch": "gradresnet"}))
+    shape = {k: v for k, v in model.items() if k != "arch"}
+    build(architecture(model.get("arch", "gradresnet")).config, shape, "model")
+    config = TrainConfig(name=raw.get("name", "model"), model=model, **parts)  # type: ignore[arg-type]
+    _check(config)
+    return config
+
+
+def _check(c: TrainConfig) -> None:
+    for name, value, low, high in (
+        ("data.patch", c.data.patch, 1, 4096),
+        ("data.batch", c.data.batch, 1, 65536),
+        ("data.labelled_share", c.data.labelled_share, 0, 1),
+        ("noise.low", c.noise.low, 0, c.noise.high),
+        ("noise.high", c.noise.high, c.noise.low, 255),
+        ("loss.conditional", c.loss.conditional, 0, 1),
+        ("optim.steps", c.optim.steps, 1, 10**9),
+        ("optim.ema", c.optim.ema, 0, 1),
+    ):
+        if not low <= value <= high:
+            raise ConfigError(f"{name} is {value}, but must lie between {low} and {high}")
+    if c.run.precision not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(
+            f"run.precision is {c.run.precision!r}, but must be auto, float32 or bfloat16"
+        )
+
+
+def load(path: Path) -> TrainConfig:
+    """Read a TOML config. ConfigError if it is missing, not TOML, or wrong."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {str(path)!r}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config {str(path)!r} is not valid TOML: {error}") from None
+    return parse(raw)
