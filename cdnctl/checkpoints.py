@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ class Header:
     scores: Mapping[str, Any] = field(default_factory=dict)
     value_range: tuple[float, float] = (0.0, 1.0)
     format_version: int = FORMAT_VERSION
+
+
+_KINDS: Mapping[str, type] = {
+    "name": str,
+    "arch": str,
+    "model": dict,
+    "classes": list,
+    "patch": int,
+    "training": dict,
+    "data": str,
+    "licence": str,
+    "version": str,
+    "scores": dict,
+}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -108,9 +124,17 @@ def _parse_header(path: Path, raw: str) -> Header:
             )
         known = {f.name for f in fields(Header)}
         values = {k: v for k, v in values.items() if k in known}
+        for key, value in values.items():
+            if not isinstance(value, _KINDS.get(key, object)):
+                raise TypeError(f"{key} is {str(value)[:80]!r}")
         classes = tuple(str(c) for c in values.pop("classes"))
         low, high = (float(v) for v in values.pop("sigma_range"))
-        return Header(classes=classes, sigma_range=(low, high), **values)
+        black, white = (float(v) for v in values.pop("value_range", (0.0, 1.0)))
+        if not 0 <= low <= high < inf or values["patch"] < 1:
+            raise ValueError(f"sigma_range is {[low, high]}, patch is {values['patch']}")
+        return Header(
+            classes=classes, sigma_range=(low, high), value_range=(black, white), **values
+        )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{str(path)!r} has a damaged cdnctl header: {error!r}") from None
 
@@ -135,6 +159,11 @@ def load_model(path: Path) -> tuple[nn.Module, Header]:
             module = build_module(header)
     except (ConfigError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"{str(path)!r} describes an impossible model: {error}") from None
+    if len(header.classes) != module.num_classes:
+        raise WeightsError(
+            f"{str(path)!r} names {len(header.classes)} classes, "
+            f"but its model has {module.num_classes}"
+        )
     expected = {k: v.shape for k, v in module.state_dict().items()}
     for key in sorted(expected.keys() ^ state.keys()):
         kind = "lacks the tensor" if key in expected else "has the unknown tensor"
@@ -145,10 +174,13 @@ def load_model(path: Path) -> tuple[nn.Module, Header]:
                 f"{str(path)!r}: {key!r} has shape {tuple(value.shape)}, "
                 f"but its config needs {tuple(expected[key])}"
             )
-        if not value.is_floating_point() or not value.isfinite().all():
+        if value.dtype not in _DTYPES:
+            raise WeightsError(f"{str(path)!r}: {key!r} is {value.dtype}, not floating point")
+        state[key] = value.float()
+        if not state[key].isfinite().all():
             raise WeightsError(f"{str(path)!r}: {key!r} holds values that are not finite numbers")
     module = build_module(header)
-    module.load_state_dict({k: v.float() for k, v in state.items()})
+    module.load_state_dict(state)
     return module.eval().requires_grad_(False), header
 
 

@@ -34,6 +34,6 @@ REGISTRY: Mapping[str, Architecture] = {
 
 def architecture(name: str) -> Architecture:
     """The registered architecture; ConfigError naming the known ones otherwise."""
-    if name not in REGISTRY:
+    if not isinstance(name, str) or name not in REGISTRY:
         raise ConfigError(f"unknown architecture {name!r}; known: {', '.join(REGISTRY)}")
     return REGISTRY[name]

@@ -35,7 +35,11 @@ class Classifier(nn.Module):
         return self.head(self.trunk(n, self.compute_dtype)[0][-1])[0]
 
     def forward(
-        self, y: Tensor, sigma: Tensor | float, weights: Weights = None
+        self,
+        y: Tensor,
+        sigma: Tensor | float,
+        weights: Weights = None,
+        cells: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """y as it is, and the class scores, (B, K)."""
         return y, self.log_joint(y, sigma)
@@ -70,7 +74,11 @@ class UNet(nn.Module):
         self.out = Conv(config.channels * config.unshuffle**2, config.widths[0], 3, gain=0.1)
 
     def forward(
-        self, y: Tensor, sigma: Tensor | float, weights: Weights = None
+        self,
+        y: Tensor,
+        sigma: Tensor | float,
+        weights: Weights = None,
+        cells: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Denoised picture, like y, and constant class scores, (B, K): every class is as likely."""
         n = Normalised(y, sigma, self.config.multiple)

@@ -59,21 +59,33 @@ class GradResNet(nn.Module):
         u = self.energy(features).to(y.dtype)
         return (gauss + PRIOR_STD / n.sigma.flatten() * u)[:, None] + logits
 
+    def class_features(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+        """What the class scores are a linear map of, after a mean over positions: (B, F, h, w)."""
+        n = Normalised(y, sigma, self.config.multiple)
+        top: Tensor = self.head.features(self.trunk(n, self.compute_dtype)[0][-1])[0]
+        return top.to(y.dtype)
+
     def forward(
-        self, y: Tensor, sigma: Tensor | float, weights: Weights = None
+        self,
+        y: Tensor,
+        sigma: Tensor | float,
+        weights: Weights = None,
+        cells: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Denoise and classify in one pass.
 
         y: (B, C, H, W) in [0, 1] plus noise. sigma: float or (B,), in [0, 1] pixel
         units. weights: mixture of class-conditional scores, (B, K) or (K,), or a
         function that gives them from the class scores (None: the posterior, which
-        makes the unconditional denoiser).
+        makes the unconditional denoiser). cells: for a tile of a larger picture, the
+        number of last-stage positions of the whole (give ``weights`` too: the class
+        scores of a tile are not those of the picture).
 
         Returns y + sigma^2 sum_c w_c s_c(y), like y, and the class scores l_c, (B, K).
         """
         n = Normalised(y, sigma, self.config.multiple)
         features, adjoint = self.trunk(n, self.compute_dtype)
-        logits, head_adjoint = self.head(features[-1])
+        logits, head_adjoint = self.head(features[-1], cells)
         w = mixture(weights, logits)
         total = w.sum(1).view(-1, 1, 1, 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from cdnctl.models.adjoint import (
 
 PRIOR_STD = 0.25  # s0: about the standard deviation of the pixels of natural images
 MIN_SIGMA = 1e-4  # below this (0.03 of 255) a noise level is treated as this one
+
+MAX_STAGES, MAX_BLOCKS = 10, 100
 
 Weights = Tensor | Callable[[Tensor], Tensor] | None
 
@@ -57,6 +60,12 @@ class NetConfig:
             raise ValueError(
                 f"widths {self.widths} and blocks {self.blocks} need one entry per stage each"
             )
+        # Modules cost time and memory even before their tensors do.
+        if len(self.widths) > MAX_STAGES or max(self.blocks) > MAX_BLOCKS:
+            raise ValueError(
+                f"blocks is {self.blocks}, but more than {MAX_STAGES} stages "
+                f"or {MAX_BLOCKS} blocks a stage are not supported"
+            )
         for name, value, known in (
             ("norm", self.norm, ("group", "pixel", "none")),
             ("activation", self.activation, ("gelu", "silu")),
@@ -65,7 +74,7 @@ class NetConfig:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, but must be one of {known}")
         sizes = (self.num_classes, self.channels, self.unshuffle, self.groups, self.head)
-        if min(*sizes, *self.widths) < 1 or min(self.blocks) < 0 or self.side < 0:
+        if min(*sizes, *self.widths) < 1 or min(self.blocks) < 0 or not 0 <= self.side < inf:
             raise ValueError(f"sizes must be positive: {self}")
         if self.norm == "group" and any(w % self.groups for w in self.widths):
             raise ValueError(f"widths {self.widths} must be multiples of groups {self.groups}")
@@ -209,13 +218,18 @@ class ClassHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=config.head**-0.5)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, h: Tensor) -> tuple[Tensor, Adjoint]:
-        """(B, K) class scores, and the adjoint: (B, K) weights to a cotangent of h."""
+    def forward(self, h: Tensor, cells: int | None = None) -> tuple[Tensor, Adjoint]:
+        """(B, K) class scores, and the adjoint: (B, K) weights to a cotangent of h.
+
+        cells: positions of h over the whole picture, if h is of a part of it: a mean
+        over the picture has a smaller gradient than one over the part.
+        """
         top, adjoint = self.features(h)
         logits = self.linear(top.to(self.linear.weight.dtype).mean((2, 3)))
 
         def run(w: Tensor) -> Tensor:
-            g = (w @ self.linear.weight)[:, :, None, None] / (top.shape[2] * top.shape[3])
+            count = cells or top.shape[2] * top.shape[3]
+            g = (w @ self.linear.weight)[:, :, None, None] / count
             return adjoint(g.to(top.dtype).expand_as(top))
 
         return logits, run

@@ -6,11 +6,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from cdnctl.errors import ConfigError
 from cdnctl.models import architecture
-
 
 T = TypeVar("T")
 
@@ -97,8 +96,12 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
-    inner = float if "float" in str(hint) else int
-    return isinstance(value, list | tuple) and all(_fits(v, inner) for v in value)
+    inner = get_args(hint)  # of a tuple: (type, ...) or one type per entry
+    return (
+        isinstance(value, list | tuple)
+        and (inner[-1] is ... or len(value) == len(inner))
+        and all(_fits(v, inner[0]) for v in value)
+    )
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -132,10 +135,14 @@ def parse(raw: Mapping[str, Any]) -> TrainConfig:
             raise ConfigError(f"unknown section {key!r}; known sections: {', '.join(known)}")
         if key != "name" and not isinstance(value, Mapping):
             raise ConfigError(f"{key} is {value!r}, but must be a section, [{key}]")
+        if key == "name" and not isinstance(value, str):
+            raise ConfigError(f"name is {value!r}, but must be of type {str}")
     parts = {k: build(cls, raw.get(k, {}), k) for k, cls in sections.items()}
-    model = dict(raw.get("model", {"arch": "gradresnet"}))
+    model = {"arch": "gradresnet"} | dict(raw.get("model", {}))
     shape = {k: v for k, v in model.items() if k != "arch"}
-    build(architecture(model.get("arch", "gradresnet")).config, shape, "model")
+    net = build(architecture(model["arch"]).config, shape, "model")
+    if getattr(net, "channels", 3) != 3:
+        raise ConfigError(f"model.channels is {net.channels}, but training pictures have 3")
     config = TrainConfig(name=raw.get("name", "model"), model=model, **parts)  # type: ignore[arg-type]
     _check(config)
     return config
@@ -146,11 +153,29 @@ def _check(c: TrainConfig) -> None:
         ("data.patch", c.data.patch, 1, 4096),
         ("data.batch", c.data.batch, 1, 65536),
         ("data.labelled_share", c.data.labelled_share, 0, 1),
+        ("data.shift", c.data.shift, 0, 4096),
+        ("data.holdout", c.data.holdout, 0, 10**9),
         ("noise.low", c.noise.low, 0, c.noise.high),
         ("noise.high", c.noise.high, c.noise.low, 255),
+        ("noise.power", c.noise.power, 0, 100),
+        ("loss.score", c.loss.score, 0, 1e9),
+        ("loss.classes", c.loss.classes, 0, 1e9),
+        ("loss.score_power", c.loss.score_power, -10, 10),
+        ("loss.smoothing", c.loss.smoothing, 0, 1),
         ("loss.conditional", c.loss.conditional, 0, 1),
         ("optim.steps", c.optim.steps, 1, 10**9),
+        ("optim.lr", c.optim.lr, 0, 1e9),
+        ("optim.warmup", c.optim.warmup, 0, 10**9),
+        ("optim.weight_decay", c.optim.weight_decay, 0, 1e9),
+        ("optim.betas", min(c.optim.betas), 0, 1 - 1e-9),
+        ("optim.betas", max(c.optim.betas), 0, 1 - 1e-9),
         ("optim.ema", c.optim.ema, 0, 1),
+        ("optim.clip", c.optim.clip, 1e-9, 1e9),
+        ("run.seed", c.run.seed, 0, 2**63 - 1),
+        ("run.log_every", c.run.log_every, 1, 10**9),
+        ("run.validate_every", c.run.validate_every, 1, 10**9),
+        ("run.checkpoint_every", c.run.checkpoint_every, 1, 10**9),
+        *(("run.validate_sigmas", s, 0, 255) for s in c.run.validate_sigmas),
     ):
         if not low <= value <= high:
             raise ConfigError(f"{name} is {value}, but must lie between {low} and {high}")
@@ -166,6 +191,6 @@ def load(path: Path) -> TrainConfig:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config {str(path)!r}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of syntax, encoding, or huge numbers
         raise ConfigError(f"the config {str(path)!r} is not valid TOML: {error}") from None
     return parse(raw)

@@ -167,6 +167,15 @@ def new_run_folder(parent: Path) -> Path:
             number += 1
 
 
+def shared_path(make: Callable[[], Path]) -> Path:
+    """A path that the first process of the group makes and all others are told."""
+    if not dist.is_initialized():
+        return make()
+    box: list[str | None] = [str(make()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return Path(str(box[0]))
+
+
 def train(
     folder: Path,
     *,

@@ -1,0 +1,58 @@
+"""The command line: parse, call, print. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from cdnctl.cli import train
+from cdnctl.cli.common import report_error
+from cdnctl.errors import CdnctlError
+from cdnctl.version import VERSION
+
+app = typer.Typer(
+    name="cdnctl",
+    help="Denoise, classify and explain pictures with one joint density of both.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+train.register(app)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"cdnctl {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: run a command, turn errors into one message and an exit code."""
+    # Threads that spin while they wait slow a busy machine down many times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    try:
+        app()
+    except CdnctlError as error:
+        report_error(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        report_error("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

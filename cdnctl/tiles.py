@@ -1,0 +1,119 @@
+"""Big pictures in tiles: equal to the whole, at a fraction of the memory.
+
+A tile is read with a margin and only its core is kept. If the margin is no less
+than the network's receptive radius and tiles start at multiples of the
+network's coarsest cell, a kept pixel has the value that the whole picture would
+have given it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Box = tuple[slice, slice]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``read``: rows and columns of the picture that go in. ``core``: which of them are
+    kept, counted from the tile's own corner. ``place``: where they go in the picture."""
+
+    read: Box
+    core: Box
+    place: Box
+
+
+def pad_to_multiple(picture: Tensor, multiple: int) -> Tensor:
+    """(..., H, W) extended at the bottom and right, by mirroring, to multiples of a number.
+
+    Works for any size down to 1x1 (the mirror image is mirrored again as needed).
+    """
+    for axis in (-2, -1):
+        size = picture.shape[axis]
+        index = torch.arange(size + -size % multiple) % (2 * size)
+        index = torch.minimum(index, 2 * size - 1 - index).to(picture.device)
+        picture = picture.index_select(axis, index)
+    return picture
+
+
+def plan(height: int, width: int, tile: int, margin: int, multiple: int) -> list[Tile]:
+    """Tiles that cover a picture, all of one size (the last of a row or column overlaps more).
+
+    height, width: multiples of ``multiple``. tile: side of a tile with its margins;
+    it is rounded up to a multiple that leaves a core.
+    """
+    margin += -margin % multiple
+    tile = max(tile - tile % multiple, 2 * margin + multiple)
+
+    def spans(size: int) -> list[tuple[slice, slice, slice]]:
+        if size <= tile:
+            return [(slice(0, size), slice(0, size), slice(0, size))]
+        result, done = [], 0
+        while done < size:
+            start = min(max(done - margin, 0), size - tile)
+            end = size if start + tile == size else start + tile - margin
+            result.append(
+                (slice(start, start + tile), slice(done - start, end - start), slice(done, end))
+            )
+            done = end
+        return result
+
+    return [
+        Tile((r, c), (kr, kc), (pr, pc))
+        for r, kr, pr in spans(height)
+        for c, kc, pc in spans(width)
+    ]
+
+
+def batches(tiles: Sequence[Tile], count: int) -> Iterator[Sequence[Tile]]:
+    """Runs of at most ``count`` tiles."""
+    for i in range(0, len(tiles), count):
+        yield tiles[i : i + count]
+
+
+def run(
+    function: Callable[[Tensor], Tensor],
+    picture: Tensor,
+    tiles: Sequence[Tile],
+    device: torch.device,
+    count: int = 1,
+) -> Tensor:
+    """Apply ``function``, (B, C, h, w) to the same, to ``picture`` (C, H, W) tile by tile.
+
+    The picture and the result stay where the picture is; only tiles visit ``device``.
+    """
+    result = torch.empty_like(picture)
+    for group in batches(tiles, count):
+        stack = torch.stack([picture[(..., *tile.read)] for tile in group]).to(device)
+        for tile, out in zip(group, function(stack).to(picture.device), strict=True):
+            result[(..., *tile.place)] = out[(..., *tile.core)]
+    return result
+
+
+def mean_of_cells(
+    function: Callable[[Tensor], Tensor],
+    picture: Tensor,
+    tiles: Sequence[Tile],
+    device: torch.device,
+    cell: int,
+    count: int = 1,
+) -> Tensor:
+    """Mean over a whole picture of a coarse map that is computed tile by tile: (F,).
+
+    function: (B, C, h, w) to (B, F, h / cell, w / cell). Sums are taken in float64.
+    """
+    total: Tensor | None = None
+    cells = 0
+    for group in batches(tiles, count):
+        stack = torch.stack([picture[(..., *tile.read)] for tile in group]).to(device)
+        for tile, out in zip(group, function(stack), strict=True):
+            rows, columns = (slice(s.start // cell, s.stop // cell) for s in tile.core)
+            part = out[:, rows, columns].double()
+            cells += part.shape[1] * part.shape[2]
+            total = part.sum((1, 2)) + (0 if total is None else total)
+    assert total is not None
+    return (total / cells).to(picture.dtype)
