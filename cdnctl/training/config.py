@@ -57,6 +57,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     ema: float = 0.999
     clip: float = 3.0  # gradient norm is clipped to this multiple of its running mean
+    guard: float = 10.0  # beyond this multiple, the step is undone: back to the averaged weights
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from cdnctl.version import VERSION
 
 STATE = "last/state.safetensors"
 MODEL = "model.safetensors"
+MAX_REVERTS = 20  # in a row, before a run is given up
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,13 @@ class TrainState:
         scalars = read_run(path)["state"]
         self.step, self.seconds = scalars["step"], scalars["seconds"]
         self.norm, self.best = scalars["norm"], scalars["best"]
+
+    def revert(self) -> None:
+        """Go back to the averaged weights, forget the momentum, and pass over this step."""
+        _copy_into(self.model, self.ema)
+        for values in self.optimizer.state.values():
+            values["exp_avg"].zero_()
+        self.step += 1
 
     def average(self, decay: float) -> None:
         """Fold the current weights into their exponential moving average."""
@@ -261,6 +269,7 @@ def train(
     deadline = time.monotonic() + max_seconds
     totals = torch.zeros(3, device=device)  # loss parts since the last report
     logged = state.step
+    reverts = 0
     while state.step < config.optim.steps:
         batch = batches(state.step, rank, world)
         matching, entropy = objective(model, batch, config.loss)
@@ -280,6 +289,18 @@ def train(
                 f"the loss became {loss.item()} at step {state.step} of {str(folder)!r}: "
                 "the last saved state is kept; lower optim.lr and start again, or resume"
             )
+        if state.norm and norm > config.optim.guard * state.norm:
+            # A step into a bad region: gradient networks have them now and then. Adam
+            # would follow for long, so go back to the averaged weights, without momentum.
+            reverts += 1
+            if reverts > MAX_REVERTS:
+                raise TrainingError(
+                    f"the gradient stays {norm / state.norm:.0f} times its usual size at step "
+                    f"{state.step} of {str(folder)!r}: lower optim.lr and start again"
+                )
+            state.revert()
+            continue
+        reverts = 0
         limit = config.optim.clip * (state.norm or norm)
         if norm > limit:
             torch._foreach_mul_(gradients, limit / norm)

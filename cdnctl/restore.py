@@ -1,0 +1,285 @@
+"""Restoring pictures: one Image to another, and many files to many files."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdnctl import images, tiles
+from cdnctl.api import Model
+from cdnctl.errors import CdnctlError, ImageError, UsageError
+from cdnctl.images import Image
+
+AUTO = "auto"
+
+# A tile of this many pixels a side needs about 1 GB with the compact models.
+DEFAULT_TILE = 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to restore a picture."""
+
+    sigma: float | None = None  # in [0, 1] pixel units; None: estimated
+    target: str | Mapping[str, float] | None = None  # "auto", a mixture of classes, or none
+    strength: float = 1.0  # 0 gives the input back, 1 the denoised picture
+    guidance: float = 1.0  # D + guidance (D_c - D)
+    tile: int | None = None  # side in pixels; None: DEFAULT_TILE
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise UsageError(f"strength is {self.strength:g}, but must lie between 0 and 1")
+        if not math.isfinite(self.guidance):
+            raise UsageError(f"guidance is {self.guidance:g}, but must be a finite number")
+        if self.sigma is not None and not 0 <= self.sigma <= 1:
+            raise UsageError(f"sigma is {self.sigma:g}, but must lie in [0, 1] pixel units")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A restored picture and what was found on the way."""
+
+    image: Image
+    sigma: float  # noise level used, in [0, 1] pixel units
+    posterior: Mapping[str, float]  # p(c | picture), most probable class first
+
+
+class Field:
+    """A picture as the network sees it: (C, H, W) on the host, in planned tiles.
+
+    Grayscale pictures are repeated over the network's channels. Their noise is then
+    the same in all of them, so it lies on the gray axis alone, where it is sqrt(C)
+    times as strong as in one channel: ``sigma`` is raised by that factor, which
+    makes the Gaussian on the gray axis the one that the network was trained with.
+    """
+
+    def __init__(self, model: Model, pixels: np.ndarray, sigma: float, tile: int | None = None):
+        config = model.module.config
+        self.model = model
+        self.height, self.width, channels = pixels.shape
+        self.channels = channels
+        y = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        self.gain = 1.0
+        if channels == 1 and config.channels > 1:
+            y = y.expand(config.channels, -1, -1)
+            self.gain = config.channels**0.5
+        self.sigma = sigma * self.gain
+        self.picture = tiles.pad_to_multiple(y, config.multiple).contiguous()
+        height, width = self.picture.shape[1:]
+        # Group norm needs the whole picture at once; everything else goes tile by tile.
+        whole = config.norm == "group"
+        side = max(height, width) if whole else (tile or DEFAULT_TILE)
+        self.tiles = tiles.plan(height, width, side, config.receptive_radius, config.multiple)
+        self.cells = height * width // config.multiple**2
+
+    def logits(self) -> Tensor:
+        """Class scores of the whole picture, (K,)."""
+        module = self.model.module
+        if not module.classifies:
+            return torch.zeros(module.num_classes)
+        mean = tiles.mean_of_cells(
+            lambda y: module.class_features(y, self.sigma),
+            self.picture,
+            self.tiles,
+            self.model.device,
+            module.config.multiple,
+        )
+        scores: Tensor = module.head.linear(mean.to(self.model.device)).cpu()
+        return scores
+
+    def denoise(self, weights: Tensor) -> np.ndarray:
+        """y + sigma^2 sum_c w_c s_c(y) as float32 (H, W, C), C that of the picture."""
+        out = tiles.run(
+            lambda y: self.model.module(y, self.sigma, weights.to(y.device), self.cells)[0],
+            self.picture,
+            self.tiles,
+            self.model.device,
+        )
+        return self.crop(out)
+
+    def crop(self, out: Tensor) -> np.ndarray:
+        """A result on the padded picture, (C, H', W'), as (H, W, C) of the picture."""
+        out = out[:, : self.height, : self.width]
+        if self.channels == 1:
+            out = out.mean(0, keepdim=True)
+        return out.permute(1, 2, 0).contiguous().numpy()
+
+
+def estimate_sigma(pixels: np.ndarray) -> float:
+    """Standard deviation of the noise in float pixels (H, W, C), in their unit, by
+    scikit-image's wavelet estimator (Donoho and Johnstone 1994), averaged over channels.
+
+    0 for pictures too small or too flat to tell.
+    """
+    from skimage.restoration import estimate_sigma as estimate
+
+    if min(pixels.shape[:2]) < 4:
+        return 0.0
+    sigma = float(estimate(pixels, channel_axis=-1, average_sigmas=True))
+    return sigma if math.isfinite(sigma) else 0.0
+
+
+def class_weights(model: Model, logits: Tensor, settings: Settings) -> Tensor:
+    """Weights w with D_w = D + guidance (D_target - D), (K,): the whole choice of classes
+    is one mixture, because D = sum_c p(c | y) D_c."""
+    p = logits.softmax(0)
+    if settings.target is None:
+        return p
+    if settings.target == AUTO:
+        target: Tensor | None = torch.nn.functional.one_hot(p.argmax(), len(p)).to(p.dtype)
+    else:
+        target = model.weights(settings.target)
+    assert target is not None
+    return p + settings.guidance * (target - p)
+
+
+def ranked(model: Model, logits: Tensor) -> dict[str, float]:
+    """Posterior by class name, most probable first; empty if the model does not classify."""
+    if not model.module.classifies:
+        return {}
+    p = logits.double().softmax(0)
+    return {model.classes[i]: float(p[i]) for i in p.argsort(descending=True).tolist()}
+
+
+@torch.no_grad()
+def restore(image: Image, model: Model, settings: Settings) -> Restored:
+    """Denoise one picture. Size, depth, alpha and metadata are those of ``image``."""
+    if not model.module.denoises:
+        raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot denoise")
+    sigma = estimate_sigma(image.pixels) if settings.sigma is None else settings.sigma
+    field = Field(model, image.pixels, sigma, settings.tile)
+    logits = field.logits()
+    denoised = field.denoise(class_weights(model, logits, settings))
+    # The same as (1 - strength) y + strength D, but exact at both ends.
+    blended = image.pixels + np.float32(settings.strength) * (denoised - image.pixels)
+    pixels = denoised if settings.strength == 1 else blended
+    return Restored(image.with_pixels(pixels), sigma, ranked(model, logits))
+
+
+@torch.no_grad()
+def classify(image: Image, model: Model, sigma: float | None = None) -> Restored:
+    """Posterior over classes of one picture, and the noise level used."""
+    if not model.module.classifies:
+        raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
+    sigma = estimate_sigma(image.pixels) if sigma is None else sigma
+    return Restored(image, sigma, ranked(model, Field(model, image.pixels, sigma).logits()))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to restore and where it goes."""
+
+    source: Path
+    output: Path
+
+
+def find_pictures(folder: Path, recursive: bool) -> list[Path]:
+    """Picture files of a folder, sorted; hidden files are left out."""
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted(
+        p
+        for p in found
+        if images.is_image_path(p)
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
+
+
+def default_output(source: Path) -> Path:
+    """photo.png -> photo_denoised.png, beside it; formats that cannot be written become PNG."""
+    suffix = source.suffix if source.suffix.lower() in images.WRITE_SUFFIXES else ".png"
+    return source.with_name(f"{source.stem}_denoised{suffix}")
+
+
+def plan(sources: Sequence[Path], output: Path | None, recursive: bool) -> list[Job]:
+    """Map inputs to outputs before any work is done.
+
+    A single file goes to ``output`` (a file, or into it if it is a folder) or beside
+    itself; a folder needs an ``output`` folder and is mirrored there. UsageError if an
+    input is missing, two would share an output, or one would be overwritten.
+    """
+    jobs: list[Job] = []
+    for source in sources:
+        if not source.exists():
+            raise UsageError(f"no such file or folder: {str(source)!r}")
+        if source.is_dir():
+            if output is None:
+                raise UsageError(f"{str(source)!r} is a folder: say where to with -o FOLDER")
+            inside = [
+                p for p in find_pictures(source, recursive) if output not in (p, *p.parents)
+            ]
+            if not inside:
+                hint = "" if recursive else " (-r looks into its folders)"
+                raise UsageError(f"no pictures in {str(source)!r}{hint}")
+            jobs += [Job(p, _writable(output / p.relative_to(source))) for p in inside]
+        elif output is None:
+            jobs.append(Job(source, default_output(source)))
+        elif output.is_dir() or len(sources) > 1:
+            jobs.append(Job(source, _writable(output / source.name)))
+        else:
+            if output.suffix.lower() not in images.WRITE_SUFFIXES:
+                known = ", ".join(sorted(images.WRITE_SUFFIXES))
+                raise UsageError(f"cannot write {str(output)!r}: its suffix must be one of {known}")
+            jobs.append(Job(source, output))
+    _check_clashes(jobs)
+    return jobs
+
+
+def _writable(path: Path) -> Path:
+    if path.suffix.lower() in images.WRITE_SUFFIXES:
+        return path
+    return path.with_name(path.name + ".png")
+
+
+def _check_clashes(jobs: Iterable[Job]) -> None:
+    taken: dict[str, Path] = {}
+    for job in jobs:
+        key = os.path.normcase(os.path.abspath(job.output))
+        if key == os.path.normcase(os.path.abspath(job.source)) or (
+            job.output.exists() and job.output.samefile(job.source)
+        ):
+            raise UsageError(f"{str(job.source)!r} would overwrite itself: choose another output")
+        if key in taken:
+            raise UsageError(
+                f"{str(taken[key])!r} and {str(job.source)!r} would both be written to "
+                f"{str(job.output)!r}: rename one, or run them separately"
+            )
+        taken[key] = job.source
+
+
+@dataclass(frozen=True)
+class Done:
+    """How one job ended: with what was found, or with an error."""
+
+    job: Job
+    restored: Restored | None = None
+    error: str | None = None
+
+
+def run(
+    jobs: Iterable[Job],
+    model: Model,
+    settings: Settings,
+    *,
+    strip_metadata: bool = False,
+) -> Iterator[Done]:
+    """Restore file after file. A bad file is reported in its ``Done`` and the rest goes on."""
+    for job in jobs:
+        try:
+            restored = restore(images.read(job.source), model, settings)
+            job.output.parent.mkdir(parents=True, exist_ok=True)
+            images.write(restored.image, job.output, strip_metadata=strip_metadata)
+        except OSError as error:
+            yield Done(job, error=f"cannot write {str(job.output)!r}: {error.strerror or error}")
+        except CdnctlError as error:
+            if not isinstance(error, ImageError):
+                raise
+            yield Done(job, error=str(error))
+        else:
+            yield Done(job, restored)
