@@ -94,10 +94,11 @@ class Field:
         scores: Tensor = module.head.linear(mean.to(self.model.device)).cpu()
         return scores
 
-    def denoise(self, weights: Tensor) -> np.ndarray:
-        """y + sigma^2 sum_c w_c s_c(y) as float32 (H, W, C), C that of the picture."""
+    def correction(self, weights: Tensor) -> np.ndarray:
+        """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C), C that of the picture."""
+        module = self.model.module
         out = tiles.run(
-            lambda y: self.model.module(y, self.sigma, weights.to(y.device), self.cells)[0],
+            lambda y: module.correction(y, self.sigma, weights.to(y.device), self.cells)[0],
             self.picture,
             self.tiles,
             self.model.device,
@@ -156,10 +157,8 @@ def restore(image: Image, model: Model, settings: Settings) -> Restored:
     sigma = estimate_sigma(image.pixels) if settings.sigma is None else settings.sigma
     field = Field(model, image.pixels, sigma, settings.tile)
     logits = field.logits()
-    denoised = field.denoise(class_weights(model, logits, settings))
-    # The same as (1 - strength) y + strength D, but exact at both ends.
-    blended = image.pixels + np.float32(settings.strength) * (denoised - image.pixels)
-    pixels = denoised if settings.strength == 1 else blended
+    correction = field.correction(class_weights(model, logits, settings))
+    pixels = image.pixels + np.float32(settings.strength) * correction
     return Restored(image.with_pixels(pixels), sigma, ranked(model, logits))
 
 

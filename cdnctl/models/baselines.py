@@ -34,12 +34,14 @@ class Classifier(nn.Module):
         n = Normalised(y, sigma, self.config.multiple)
         return self.head(self.trunk(n, self.compute_dtype)[0][-1])[0]
 
+    def class_features(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+        """What the class scores are a linear map of, after a mean over positions: (B, F, h, w)."""
+        n = Normalised(y, sigma, self.config.multiple)
+        top: Tensor = self.head.features(self.trunk(n, self.compute_dtype)[0][-1])[0]
+        return top.to(y.dtype)
+
     def forward(
-        self,
-        y: Tensor,
-        sigma: Tensor | float,
-        weights: Weights = None,
-        cells: int | None = None,
+        self, y: Tensor, sigma: Tensor | float, weights: Weights = None
     ) -> tuple[Tensor, Tensor]:
         """y as it is, and the class scores, (B, K)."""
         return y, self.log_joint(y, sigma)
@@ -73,14 +75,17 @@ class UNet(nn.Module):
         )
         self.out = Conv(config.channels * config.unshuffle**2, config.widths[0], 3, gain=0.1)
 
-    def forward(
+    def correction(
         self,
         y: Tensor,
         sigma: Tensor | float,
         weights: Weights = None,
         cells: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Denoised picture, like y, and constant class scores, (B, K): every class is as likely."""
+        """sigma^2 score, like y, and constant class scores, (B, K): every class is as likely.
+
+        The learnt score knows no classes: ``weights`` and ``cells`` change nothing.
+        """
         n = Normalised(y, sigma, self.config.multiple)
         features, _ = self.trunk(n, self.compute_dtype)
         h: Tensor | None = None
@@ -90,11 +95,18 @@ class UNet(nn.Module):
             h = self.blocks[i](h)[0]
         assert h is not None
         g = F.pixel_shuffle(_transposed(self.out, h).to(n.z.dtype), self.config.unshuffle)
-        return n.denoised(g), y.new_zeros(y.shape[0], self.num_classes)
+        return n.correction(g), y.new_zeros(y.shape[0], self.num_classes)
+
+    def forward(
+        self, y: Tensor, sigma: Tensor | float, weights: Weights = None
+    ) -> tuple[Tensor, Tensor]:
+        """y + sigma^2 score (Tweedie's formula), like y, and constant class scores."""
+        correction, logits = self.correction(y, sigma)
+        return y + correction, logits
 
     def score(self, y: Tensor, sigma: Tensor | float, weights: Tensor | None = None) -> Tensor:
         """The learnt score, like y; it knows no classes, so ``weights`` change nothing."""
-        return (self(y, sigma)[0] - y) / per_sample(sigma, y).clamp_min(MIN_SIGMA).square()
+        return self.correction(y, sigma)[0] / per_sample(sigma, y).clamp_min(MIN_SIGMA).square()
 
 
 def _transposed(conv: nn.Module, x: Tensor) -> Tensor:

@@ -65,23 +65,21 @@ class GradResNet(nn.Module):
         top: Tensor = self.head.features(self.trunk(n, self.compute_dtype)[0][-1])[0]
         return top.to(y.dtype)
 
-    def forward(
+    def correction(
         self,
         y: Tensor,
         sigma: Tensor | float,
         weights: Weights = None,
         cells: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Denoise and classify in one pass.
+        """sigma^2 sum_c w_c s_c(y), like y, and the class scores l_c, (B, K), in one pass.
 
         y: (B, C, H, W) in [0, 1] plus noise. sigma: float or (B,), in [0, 1] pixel
         units. weights: mixture of class-conditional scores, (B, K) or (K,), or a
         function that gives them from the class scores (None: the posterior, which
-        makes the unconditional denoiser). cells: for a tile of a larger picture, the
+        gives the unconditional score). cells: for a tile of a larger picture, the
         number of last-stage positions of the whole (give ``weights`` too: the class
         scores of a tile are not those of the picture).
-
-        Returns y + sigma^2 sum_c w_c s_c(y), like y, and the class scores l_c, (B, K).
         """
         n = Normalised(y, sigma, self.config.multiple)
         features, adjoint = self.trunk(n, self.compute_dtype)
@@ -95,8 +93,15 @@ class GradResNet(nn.Module):
         for i, form in self.sides.items():
             pull[int(i)] = total.to(features[0].dtype) * form(features[int(i)])
         pull[-1] = pull[-1] + head_adjoint(w * (n.sigma / PRIOR_STD).view(-1, 1))  # type: ignore[operator]
-        return n.denoised(adjoint(pull), total), logits
+        return n.correction(adjoint(pull), total), logits
+
+    def forward(
+        self, y: Tensor, sigma: Tensor | float, weights: Weights = None
+    ) -> tuple[Tensor, Tensor]:
+        """y + sigma^2 sum_c w_c s_c(y) (Tweedie's formula), like y, and the class scores."""
+        correction, logits = self.correction(y, sigma, weights)
+        return y + correction, logits
 
     def score(self, y: Tensor, sigma: Tensor | float, weights: Tensor | None = None) -> Tensor:
         """sum_c w_c grad_y f_c(y), like y. The hand-written adjoint of ``log_joint``."""
-        return (self(y, sigma, weights)[0] - y) / per_sample(sigma, y).clamp_min(MIN_SIGMA).square()
+        return self.correction(y, sigma, weights)[0] / per_sample(sigma, y).clamp_min(MIN_SIGMA).square()

@@ -116,11 +116,11 @@ class Normalised:
         pad = [-n % multiple for n in y.shape[-2:]]
         self.z = F.pad(z, (0, pad[1], 0, pad[0])) if any(pad) else z
 
-    def denoised(self, g: Tensor, total: Tensor | float = 1.0) -> Tensor:
-        """y + sigma^2 score, where the score's learnt part is g = grad_z(...) at unit scale."""
+    def correction(self, g: Tensor, total: Tensor | float = 1.0) -> Tensor:
+        """sigma^2 score, like y, where the score's learnt part is g = grad_z(...) at unit scale."""
         g = g[..., : self.y.shape[2], : self.y.shape[3]].to(self.y.dtype)
         prior = total * (self.sigma / self.tau).square() * (self.y - 0.5)
-        return self.y - prior + (self.sigma * PRIOR_STD / self.tau) * g
+        return (self.sigma * PRIOR_STD / self.tau) * g - prior
 
 
 def mixture(weights: Weights, logits: Tensor) -> Tensor:
