@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cdnctl.checkpoints import SUFFIX, Header, bundled, file_hash, load_model
+from cdnctl.checkpoints import SUFFIX, Header, bundled, load_model, weights_hash
 from cdnctl.core import joint
 from cdnctl.errors import UnknownClassError, UsageError, WeightsError
+from cdnctl.models import Network
 
 ClassSpec = str | int | Mapping[str, float] | Tensor | None
 
@@ -26,7 +28,7 @@ class Model:
     plug-and-play libraries expect of a denoiser.
     """
 
-    module: nn.Module
+    module: Network
     header: Header
     path: Path
 
@@ -45,10 +47,10 @@ class Model:
         """Noise levels seen in training, in [0, 1] pixel units."""
         return self.header.sigma_range
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """Short hash of the weights file."""
-        return file_hash(self.path)
+        """Short hash of the weights, see ``checkpoints.weights_hash``."""
+        return weights_hash(self.path)
 
     @property
     def device(self) -> torch.device:
@@ -105,8 +107,7 @@ class Model:
 
         Of a mixture w of classes: log sum_c w_c p(y, c).
         """
-        if not hasattr(self.module, "log_joint"):
-            raise UsageError(f"model {self.name!r} has a score but no density")
+        self._need("classifies", "give a log-density")
         weights = self.weights(c)
 
         def run(batch: Tensor) -> Tensor:

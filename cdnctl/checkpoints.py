@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from cdnctl.errors import ConfigError, WeightsError
-from cdnctl.models import architecture
+from cdnctl.models import Network, architecture
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
@@ -105,10 +105,10 @@ def _open(path: Path) -> tuple[Header, dict[str, Tensor]]:
                     f"{str(path)!r} was not written by cdnctl: its metadata lacks the key 'cdnctl'"
                 )
             header = _parse_header(path, raw)
-            return header, {key: file.get_tensor(key) for key in file.keys()}
+            return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
         raise WeightsError(
-            f"{str(path)!r} is not a readable safetensors file ({error}); "
+            f"{str(path)!r} is not a readable safetensors file ({_brief(error)}); "
             "it may be damaged or of another format: fetch or train it again"
         ) from None
 
@@ -136,19 +136,23 @@ def _parse_header(path: Path, raw: str) -> Header:
             classes=classes, sigma_range=(low, high), value_range=(black, white), **values
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{str(path)!r} has a damaged cdnctl header: {error!r}") from None
+        raise WeightsError(f"{str(path)!r} has a damaged cdnctl header: {_brief(error)}") from None
 
 
-def build_module(header: Header) -> nn.Module:
+def _brief(error: Exception) -> str:
+    """The start of an error's first line: torch appends stack traces, headers can be huge."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def build_module(header: Header) -> Network:
     """An untrained module of the header's architecture, on whatever device is current."""
     from cdnctl.training.config import build  # the one checker of config sections
 
     arch = architecture(header.arch)
-    module: nn.Module = arch.module(build(arch.config, header.model, "model"))
-    return module
+    return arch.module(build(arch.config, header.model, "model"))
 
 
-def load_model(path: Path) -> tuple[nn.Module, Header]:
+def load_model(path: Path) -> tuple[Network, Header]:
     """Module with its weights in float32 on the CPU, in eval mode, and the header.
 
     WeightsError if tensors are missing, surplus, of another shape, or not finite.
@@ -158,7 +162,9 @@ def load_model(path: Path) -> tuple[nn.Module, Header]:
         with torch.device("meta"):  # compare shapes before any memory is taken
             module = build_module(header)
     except (ConfigError, RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise WeightsError(f"{str(path)!r} describes an impossible model: {error}") from None
+        raise WeightsError(
+            f"{str(path)!r} describes an impossible model: {_brief(error)}"
+        ) from None
     if len(header.classes) != module.num_classes:
         raise WeightsError(
             f"{str(path)!r} names {len(header.classes)} classes, "
@@ -184,9 +190,99 @@ def load_model(path: Path) -> tuple[nn.Module, Header]:
     return module.eval().requires_grad_(False), header
 
 
-def file_hash(path: Path) -> str:
-    """First 16 hex digits of the file's SHA-256: names weights in reports and manifests."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def weights_hash(path: Path) -> str:
+    """First 16 hex digits of a SHA-256 over names and values of the tensors.
+
+    It names weights in reports: scores may be added to the header without changing it.
+    """
+    digest = hashlib.sha256()
+    for key, value in sorted(_open(path)[1].items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def export(source: Path, target: Path, scores: Mapping[str, Any], half: bool = False) -> None:
+    """Copy a weights file with scores in its header, and write its card beside it (.md).
+
+    half: store float16.
+    """
+    header, state = _open(source)
+    header = replace(header, scores={**header.scores, **scores})
+    save_model(target, state, header, torch.float16 if half else None)
+    write_atomically(target.with_suffix(".md"), card(target).encode())
+
+
+def card(path: Path) -> str:
+    """Model card in the form of the Hugging Face hub, made of the header alone."""
+    header, state = _open(path)
+    config = header.training.get("config", {})
+    low, high = (round(s * 255, 1) for s in header.sigma_range)
+    count = sum(v.numel() for v in state.values())
+    results = [
+        {
+            "task": {"type": "image-to-image", "name": "Gaussian denoising"},
+            "dataset": {"name": data, "type": "image-folder"},
+            "metrics": [
+                {"type": kind, "name": f"{kind}, sigma {row['sigma']:g}", "value": round(value, 4)}
+                for row in report["scores"]
+                for kind, value in row.items()
+                if kind not in ("sigma", "pictures") and value is not None
+            ],
+        }
+        for data, report in header.scores.items()
+    ]
+    front = {
+        "license": header.licence.lower(),
+        "library_name": "cdnctl",
+        "tags": ["image-denoising", "image-classification", "score-based-model"],
+        "model-index": [{"name": header.name, "results": results}],
+    }
+    # JSON is YAML, so no YAML writer is needed for a block that only programs read.
+    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in front.items()), "---", ""]
+    lines += [
+        f"# {header.name}",
+        "",
+        "Joint density of noisy pictures and classes "
+        "(Classification-Denoising Networks, Thiry and Guth 2024), made by `cdnctl train`.",
+        "",
+        f"- architecture: `{header.arch}`, {count / 1e6:.2f} million parameters, "
+        f"`{json.dumps(dict(header.model))}`",
+        f"- classes: {', '.join(header.classes)}",
+        f"- noise levels seen: {low:g} to {high:g} of 255; crops of {header.patch} pixels",
+        f"- training data: {header.data}",
+        f"- budget: {header.training.get('steps', 0)} steps, "
+        f"{header.training.get('pictures', 0)} pictures, "
+        f"{header.training.get('seconds', 0) / 60:.0f} minutes on "
+        f"{header.training.get('hardware', 'unknown hardware')}",
+        f"- seed {config.get('run', {}).get('seed', 0)}, cdnctl {header.version}, "
+        f"weights {weights_hash(path)}, licence {header.licence}",
+        "",
+        "## Scores",
+        "",
+        "PSNR in dB and SSIM: mean over pictures; Gaussian noise from a fixed seed, not clipped; "
+        "output clipped. 'class told': denoised given the true class.",
+    ]
+    for data, report in header.scores.items():
+        lines += [
+            "",
+            f"{data} ({report['scores'][0]['pictures']} pictures, seed "
+            f"{report['protocol']['seed']}):",
+            "",
+            "| sigma | PSNR | SSIM | PSNR, class told | accuracy |",
+            "|---|---|---|---|---|",
+        ]
+        for row in report["scores"]:
+            cells = [f"{row['sigma']:g}"]
+            for kind, form in (
+                ("psnr", ".2f"),
+                ("ssim", ".4f"),
+                ("psnr_class", ".2f"),
+                ("accuracy", ".1%"),
+            ):
+                cells.append("-" if row[kind] is None else format(row[kind], form))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def weights_folder() -> Path:

@@ -21,8 +21,8 @@ from torch import Tensor
 from cdnctl import images
 from cdnctl.api import Model
 from cdnctl.core.metrics import psnr
-from cdnctl.errors import CdnctlError, ImageError, UsageError
-from cdnctl.restore import Field, find_pictures, estimate_sigma
+from cdnctl.errors import ImageError, UsageError
+from cdnctl.restore import Field, estimate_sigma, find_pictures
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ def find_samples(folder: Path, noisy: Path | None, model: Model) -> list[Sample]
                 f"{str(folder)!r} has class folders that model {model.name!r} does not know: "
                 f"{', '.join(sorted(names - known))}; its classes: {', '.join(model.classes)}"
             )
-        samples = [
-            Sample(p, p.relative_to(folder).parts[0] if known else None) for p in pictures
-        ]
+        samples = [Sample(p, p.relative_to(folder).parts[0] if known else None) for p in pictures]
     if not samples:
         raise UsageError(f"no pictures in {str(folder)!r}")
     if noisy is None:
@@ -151,9 +149,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def _score(
-    sample: Sample, clean: np.ndarray, noisy: np.ndarray, sigma: float, model: Model
-) -> Row:
+def _score(sample: Sample, clean: np.ndarray, noisy: np.ndarray, sigma: float, model: Model) -> Row:
     field = Field(model, noisy, sigma)
     logits = field.logits()
     values: dict[str, float | str | None] = {}
@@ -200,9 +196,7 @@ def summarise(rows: Iterable[Row], paired: bool = False) -> list[Summary]:
             psnr=mean(r.psnr for r in group),
             ssim=mean(r.ssim for r in group),
             psnr_class=mean(r.psnr_class for r in group),
-            accuracy=mean(
-                float(r.predicted == r.label) for r in group if r.predicted is not None
-            ),
+            accuracy=mean(float(r.predicted == r.label) for r in group if r.predicted is not None),
         )
         for sigma, group in groups.items()
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from cdnctl import images, tiles
 from cdnctl.api import Model
 from cdnctl.errors import CdnctlError, ImageError, UsageError
 from cdnctl.images import Image
+from cdnctl.selection import Models
 
 AUTO = "auto"
 
@@ -48,6 +49,7 @@ class Restored:
 
     image: Image
     sigma: float  # noise level used, in [0, 1] pixel units
+    sigma_seen: float  # what the network was told: more than sigma for gray pictures
     posterior: Mapping[str, float]  # p(c | picture), most probable class first
 
 
@@ -56,22 +58,19 @@ class Field:
 
     Grayscale pictures are repeated over the network's channels. Their noise is then
     the same in all of them, so it lies on the gray axis alone, where it is sqrt(C)
-    times as strong as in one channel: ``sigma`` is raised by that factor, which
-    makes the Gaussian on the gray axis the one that the network was trained with.
+    times as strong as in one channel: the network is told ``seen``, which is sigma
+    times that factor, the noise level at which it would see as much noise on that axis.
     """
 
     def __init__(self, model: Model, pixels: np.ndarray, sigma: float, tile: int | None = None):
         config = model.module.config
         self.model = model
+        self.sigma = sigma
         self.height, self.width, channels = pixels.shape
-        self.channels = channels
+        self.repeat = config.channels if channels == 1 else 1
+        self.seen = sigma * self.repeat**0.5
         y = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        self.gain = 1.0
-        if channels == 1 and config.channels > 1:
-            y = y.expand(config.channels, -1, -1)
-            self.gain = config.channels**0.5
-        self.sigma = sigma * self.gain
-        self.picture = tiles.pad_to_multiple(y, config.multiple).contiguous()
+        self.picture = tiles.pad_to_multiple(y, config.multiple)
         height, width = self.picture.shape[1:]
         # Group norm needs the whole picture at once; everything else goes tile by tile.
         whole = config.norm == "group"
@@ -85,7 +84,7 @@ class Field:
         if not module.classifies:
             return torch.zeros(module.num_classes)
         mean = tiles.mean_of_cells(
-            lambda y: module.class_features(y, self.sigma),
+            lambda y: module.class_features(self.repeated(y), self.seen),
             self.picture,
             self.tiles,
             self.model.device,
@@ -94,23 +93,25 @@ class Field:
         scores: Tensor = module.head.linear(mean.to(self.model.device)).cpu()
         return scores
 
-    def correction(self, weights: Tensor) -> np.ndarray:
-        """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C), C that of the picture."""
-        module = self.model.module
-        out = tiles.run(
-            lambda y: module.correction(y, self.sigma, weights.to(y.device), self.cells)[0],
-            self.picture,
-            self.tiles,
-            self.model.device,
-        )
-        return self.crop(out)
+    def repeated(self, y: Tensor) -> Tensor:
+        """(B, C, h, w) of the picture with the network's number of channels."""
+        return y.repeat(1, self.repeat, 1, 1)
 
-    def crop(self, out: Tensor) -> np.ndarray:
-        """A result on the padded picture, (C, H', W'), as (H, W, C) of the picture."""
-        out = out[:, : self.height, : self.width]
-        if self.channels == 1:
-            out = out.mean(0, keepdim=True)
-        return out.permute(1, 2, 0).contiguous().numpy()
+    def correct(self, y: Tensor, weights: Tensor) -> Tensor:
+        """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w) of the picture, differentiable."""
+        correction, _ = self.model.module.correction(
+            self.repeated(y), self.seen, weights.to(y.device), self.cells
+        )
+        return correction.mean(1, keepdim=True) if self.repeat > 1 else correction
+
+    def over_tiles(self, function: Callable[[Tensor], Tensor]) -> np.ndarray:
+        """Apply a function of tiles, (B, C, h, w) to the same, to the picture: (H, W, C)."""
+        out = tiles.run(function, self.picture, self.tiles, self.model.device)
+        return out[:, : self.height, : self.width].permute(1, 2, 0).contiguous().numpy()
+
+    def correction(self, weights: Tensor) -> np.ndarray:
+        """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C)."""
+        return self.over_tiles(lambda y: self.correct(y, weights))
 
 
 def estimate_sigma(pixels: np.ndarray) -> float:
@@ -159,7 +160,7 @@ def restore(image: Image, model: Model, settings: Settings) -> Restored:
     logits = field.logits()
     correction = field.correction(class_weights(model, logits, settings))
     pixels = image.pixels + np.float32(settings.strength) * correction
-    return Restored(image.with_pixels(pixels), sigma, ranked(model, logits))
+    return Restored(image.with_pixels(pixels), sigma, field.seen, ranked(model, logits))
 
 
 @torch.no_grad()
@@ -168,7 +169,8 @@ def classify(image: Image, model: Model, sigma: float | None = None) -> Restored
     if not model.module.classifies:
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
     sigma = estimate_sigma(image.pixels) if sigma is None else sigma
-    return Restored(image, sigma, ranked(model, Field(model, image.pixels, sigma).logits()))
+    field = Field(model, image.pixels, sigma)
+    return Restored(image, sigma, field.seen, ranked(model, field.logits()))
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,20 @@ def find_pictures(folder: Path, recursive: bool) -> list[Path]:
     )
 
 
+def expand(inputs: Sequence[Path], recursive: bool) -> list[Path]:
+    """Files, and the pictures of folders, in order. UsageError for what is not there."""
+    files: list[Path] = []
+    for source in inputs:
+        if not source.exists():
+            raise UsageError(f"no such file or folder: {str(source)!r}")
+        found = find_pictures(source, recursive) if source.is_dir() else [source]
+        if not found:
+            hint = "" if recursive else " (-r looks into its folders)"
+            raise UsageError(f"no pictures in {str(source)!r}{hint}")
+        files += found
+    return files
+
+
 def default_output(source: Path) -> Path:
     """photo.png -> photo_denoised.png, beside it; formats that cannot be written become PNG."""
     suffix = source.suffix if source.suffix.lower() in images.WRITE_SUFFIXES else ".png"
@@ -205,18 +221,14 @@ def plan(sources: Sequence[Path], output: Path | None, recursive: bool) -> list[
     """
     jobs: list[Job] = []
     for source in sources:
-        if not source.exists():
-            raise UsageError(f"no such file or folder: {str(source)!r}")
         if source.is_dir():
             if output is None:
                 raise UsageError(f"{str(source)!r} is a folder: say where to with -o FOLDER")
-            inside = [
-                p for p in find_pictures(source, recursive) if output not in (p, *p.parents)
-            ]
-            if not inside:
-                hint = "" if recursive else " (-r looks into its folders)"
-                raise UsageError(f"no pictures in {str(source)!r}{hint}")
+            # What an earlier run wrote into the folder itself is not input.
+            inside = [p for p in expand([source], recursive) if output not in p.parents]
             jobs += [Job(p, _writable(output / p.relative_to(source))) for p in inside]
+        elif not source.exists():
+            raise UsageError(f"no such file or folder: {str(source)!r}")
         elif output is None:
             jobs.append(Job(source, default_output(source)))
         elif output.is_dir() or len(sources) > 1:
@@ -263,7 +275,7 @@ class Done:
 
 def run(
     jobs: Iterable[Job],
-    model: Model,
+    models: Models,
     settings: Settings,
     *,
     strip_metadata: bool = False,
@@ -271,7 +283,8 @@ def run(
     """Restore file after file. A bad file is reported in its ``Done`` and the rest goes on."""
     for job in jobs:
         try:
-            restored = restore(images.read(job.source), model, settings)
+            image = images.read(job.source)
+            restored = restore(image, models.pick(*image.pixels.shape[:2]), settings)
             job.output.parent.mkdir(parents=True, exist_ok=True)
             images.write(restored.image, job.output, strip_metadata=strip_metadata)
         except OSError as error:

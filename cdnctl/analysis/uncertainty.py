@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from cdnctl.api import Model
+from cdnctl.restore import Field, Settings, class_weights, estimate_sigma
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,25 @@ def uncertainty(
             diagonal += v * jacobian / probes
     trace = diagonal.double().sum().item()
     return Uncertainty(sigma * diagonal.clamp_min(0).sqrt(), trace, probes)
+
+
+def posterior_std(
+    pixels: np.ndarray, model: Model, settings: Settings, probes: int = 16, seed: int = 0
+) -> tuple[np.ndarray, float]:
+    """Uncertainty of a whole picture, tile by tile, and the noise level used.
+
+    pixels: float32 (H, W, C) in [0, 1]. Returns the posterior standard deviation of
+    each pixel, float32 (H, W, 1) in the unit of the pixels (root mean square over
+    channels), and sigma.
+    """
+    sigma = estimate_sigma(pixels) if settings.sigma is None else settings.sigma
+    field = Field(model, pixels, sigma, settings.tile)
+    with torch.no_grad():
+        weights = class_weights(model, field.logits(), settings)
+    generator = torch.Generator().manual_seed(seed)
+
+    def spread(y: Tensor) -> Tensor:
+        return uncertainty(lambda t: t + field.correct(t, weights), y, sigma, probes, generator).std
+
+    std = field.over_tiles(spread)
+    return np.sqrt((std**2).mean(-1, keepdims=True)), sigma

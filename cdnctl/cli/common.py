@@ -6,15 +6,17 @@ has pixels and sigma in [0, 1]. The conversion happens here and in images.py onl
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,22 @@ Device = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")
 ]
+PEAK = 255  # of the command line's scale of noise levels
+
+SigmaOption = Annotated[
+    str, typer.Option("--sigma", help="Noise level on the 0..255 scale, or auto: estimate it.")
+]
+ClassOption = Annotated[
+    str,
+    typer.Option(
+        "--class", help="Class name, none, auto (most probable), or a mixture: cat:0.7,dog:0.3."
+    ),
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="auto, a bundled model, or a .safetensors file.")
+]
+Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Look into folders' folders.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
 
 
@@ -78,10 +96,69 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(s, old)
 
 
-def existing(path: Path) -> Path:
-    """The path, if something is there; otherwise an error that quotes it."""
-    from cdnctl.errors import UsageError
+def parse_sigma(text: str) -> float | None:
+    """A noise level of the command line, 0..255 or ``auto``, in [0, 1] (None: auto)."""
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(
+            f"sigma is {text!r}, but must be a number from 0 to 255, or auto"
+        ) from None
+    if 0 < value < 1:
+        raise UsageError(
+            f"sigma {text} is next to nothing on the 0..255 scale; "
+            f"did you mean --sigma {value * PEAK:g} (that is {text} on a scale of 0..1)?"
+        )
+    if not 0 <= value <= PEAK:
+        raise UsageError(f"sigma is {text}, but must lie between 0 and 255")
+    return value / PEAK
 
-    if not path.exists():
-        raise UsageError(f"no such file or folder: {str(path)!r}")
-    return path
+
+def parse_sigmas(text: str) -> list[float]:
+    """Comma-separated noise levels, 0..255, in [0, 1]."""
+    levels = [parse_sigma(part.strip()) for part in text.split(",") if part.strip()]
+    if not levels or None in levels:
+        raise UsageError(f"sigma is {text!r}, but must be numbers such as 15,25,50")
+    return [level for level in levels if level is not None]
+
+
+def parse_class(text: str) -> str | dict[str, float] | None:
+    """``none`` (None), ``auto``, a class name or a mixture ``cat:0.7,dog:0.3`` (a dict)."""
+    if text == "none":
+        return None
+    if text == "auto":
+        return text
+    mixture: dict[str, float] = {}
+    for part in text.split(","):
+        name, colon, weight = part.strip().partition(":")
+        try:
+            value = float(weight) if colon else 1.0
+        except ValueError:
+            value = math.nan
+        if not name or not (0 <= value < math.inf):
+            raise UsageError(f"{part!r} in --class {text!r} is not NAME or NAME:WEIGHT (a number)")
+        mixture[name] = mixture.get(name, 0.0) + value
+    return mixture
+
+
+def class_names(target: str | dict[str, float] | None) -> list[str]:
+    """The classes that a parsed --class names."""
+    return list(target) if isinstance(target, dict) else []
+
+
+@contextmanager
+def progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar with rate and time left on a terminal; nothing elsewhere."""
+    console = stderr()
+    if total < 2 or quiet or not console.is_terminal:
+        yield lambda: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    with Progress(
+        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)

@@ -36,7 +36,9 @@ def train(
     init_from: Annotated[
         str | None, typer.Option("--init-from", help="Weights to start from: name or file.")
     ] = None,
-    runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = Path(
+        "runs"
+    ),
     max_seconds: Annotated[
         float, typer.Option("--max-seconds", min=0, help="Save and stop after this time.")
     ] = math.inf,

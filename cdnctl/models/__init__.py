@@ -1,28 +1,26 @@
-"""Architectures: a frozen config dataclass and a module each, registered by name.
+"""Architectures: a frozen config dataclass and a network each, registered by name.
 
-Every module maps ``forward(y, sigma, weights=None) -> (denoised, class scores)``
-and has ``num_classes`` and ``compute_dtype``; what it can do is told by
-``denoises`` and ``classifies``.
+What a network can do is told by its ``denoises`` and ``classifies``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-from torch import nn
+from typing import NamedTuple
 
 from cdnctl.errors import ConfigError
 from cdnctl.models.baselines import Classifier, UNet
 from cdnctl.models.gradresnet import GradResNet
-from cdnctl.models.trunk import NetConfig
+from cdnctl.models.trunk import NetConfig, Network
+
+__all__ = ["REGISTRY", "Architecture", "NetConfig", "Network", "architecture"]
 
 
 class Architecture(NamedTuple):
-    """A config dataclass and the module that is built from it."""
+    """A config dataclass and the network that is built from it."""
 
-    config: type[Any]
-    module: type[nn.Module]
+    config: type[NetConfig]
+    module: type[Network]
 
 
 REGISTRY: Mapping[str, Architecture] = {

@@ -127,10 +127,15 @@ class Activation(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor) -> tuple[Tensor, Adjoint]:
-        # The aten backward kernels are single passes and differentiable themselves.
         if self.kind == "gelu":
+            # The aten backward kernel is a single pass and differentiable itself.
             return F.gelu(x), lambda g: torch.ops.aten.gelu_backward(g, x)
-        return F.silu(x), lambda g: torch.ops.aten.silu_backward(g, x)
+
+        def silu_adjoint(g: Tensor) -> Tensor:  # aten's kernel has no derivative
+            s = torch.sigmoid(x)
+            return g * s * (1 + x * (1 - s))
+
+        return F.silu(x), silu_adjoint
 
 
 class Chain(nn.Module):
@@ -179,6 +184,7 @@ class QuadraticForm(nn.Module):
         self.weight = nn.Parameter(torch.randn(rank, channels, 1, 1) * gain / channels**0.5)
         sign = torch.ones(1, rank, 1, 1)
         sign[:, 1::2] = -1
+        self.sign: Tensor
         self.register_buffer("sign", sign, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

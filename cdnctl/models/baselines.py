@@ -6,48 +6,47 @@ comparison shows is the price of doing both jobs in one network.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import conv_transpose2d, pixel_shuffle
 
-from cdnctl.core.joint import per_sample
 from cdnctl.models.adjoint import Chain, Conv
-from cdnctl.models.trunk import MIN_SIGMA, ClassHead, NetConfig, Normalised, Trunk, Weights, make_blocks
+from cdnctl.models.trunk import NetConfig, Network, Normalised, Weights, make_blocks, mixture
 
 
-class Classifier(nn.Module):
-    """Class scores alone: the GradResNet's trunk and head, forward only."""
+class Classifier(Network):
+    """Class scores alone: a joint model whose density is flat but for the classes."""
 
     denoises = False
-    classifies = True
-
-    def __init__(self, config: NetConfig):
-        super().__init__()
-        self.config = config
-        self.num_classes = config.num_classes
-        self.compute_dtype: torch.dtype | None = None
-        self.trunk = Trunk(config)
-        self.head = ClassHead(config)
 
     def log_joint(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """Class scores, (B, K): log p(c | y) up to a function of y."""
         n = Normalised(y, sigma, self.config.multiple)
-        return self.head(self.trunk(n, self.compute_dtype)[0][-1])[0]
+        logits: Tensor = self.head(self.trunk(n, self.compute_dtype)[0][-1])[0]
+        return logits
 
-    def class_features(self, y: Tensor, sigma: Tensor | float) -> Tensor:
-        """What the class scores are a linear map of, after a mean over positions: (B, F, h, w)."""
+    def correction(
+        self,
+        y: Tensor,
+        sigma: Tensor | float,
+        weights: Weights = None,
+        cells: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """sigma^2 sum_c w_c grad_y l_c, like y, and the class scores."""
         n = Normalised(y, sigma, self.config.multiple)
-        top: Tensor = self.head.features(self.trunk(n, self.compute_dtype)[0][-1])[0]
-        return top.to(y.dtype)
+        features, adjoint = self.trunk(n, self.compute_dtype)
+        logits, head_adjoint = self.head(features[-1], cells)
+        pull = [None] * (len(features) - 1) + [head_adjoint(mixture(weights, logits))]
+        g = adjoint(pull)[..., : y.shape[2], : y.shape[3]].to(y.dtype)
+        return n.sigma.square() / n.tau * g, logits
 
     def forward(
         self, y: Tensor, sigma: Tensor | float, weights: Weights = None
     ) -> tuple[Tensor, Tensor]:
-        """y as it is, and the class scores, (B, K)."""
+        """y as it is, for there is no density to denoise with, and the class scores."""
         return y, self.log_joint(y, sigma)
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """Score alone: the GradResNet's trunk, then a decoder with weights of its own.
 
     The decoder mirrors the trunk's adjoint layer by layer (transposed stem and
@@ -55,15 +54,11 @@ class UNet(nn.Module):
     has the same number of multiply-adds as the GradResNet's gradient.
     """
 
-    denoises = True
     classifies = False
 
     def __init__(self, config: NetConfig):
-        super().__init__()
-        self.config = config
-        self.num_classes = config.num_classes
-        self.compute_dtype: torch.dtype | None = None
-        self.trunk = Trunk(config)
+        super().__init__(config)
+        del self.head
         last = len(config.widths) - 1
         self.blocks = nn.ModuleList(
             Chain(*make_blocks(config, w, n))
@@ -94,23 +89,12 @@ class UNet(nn.Module):
             h = skip if h is None else skip + _transposed(self.ups[i], h)
             h = self.blocks[i](h)[0]
         assert h is not None
-        g = F.pixel_shuffle(_transposed(self.out, h).to(n.z.dtype), self.config.unshuffle)
+        g = pixel_shuffle(_transposed(self.out, h).to(n.z.dtype), self.config.unshuffle)
         return n.correction(g), y.new_zeros(y.shape[0], self.num_classes)
-
-    def forward(
-        self, y: Tensor, sigma: Tensor | float, weights: Weights = None
-    ) -> tuple[Tensor, Tensor]:
-        """y + sigma^2 score (Tweedie's formula), like y, and constant class scores."""
-        correction, logits = self.correction(y, sigma)
-        return y + correction, logits
-
-    def score(self, y: Tensor, sigma: Tensor | float, weights: Tensor | None = None) -> Tensor:
-        """The learnt score, like y; it knows no classes, so ``weights`` change nothing."""
-        return self.correction(y, sigma)[0] / per_sample(sigma, y).clamp_min(MIN_SIGMA).square()
 
 
 def _transposed(conv: nn.Module, x: Tensor) -> Tensor:
     """Transposed convolution with the weights of a ``Conv``."""
     assert isinstance(conv, Conv)
     w = conv.weight.to(x.dtype)
-    return F.conv_transpose2d(x, w, stride=conv.stride, padding=conv.padding)
+    return conv_transpose2d(x, w, stride=conv.stride, padding=conv.padding)

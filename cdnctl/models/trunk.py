@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,8 @@ class NetConfig:
         # Modules cost time and memory even before their tensors do.
         if len(self.widths) > MAX_STAGES or max(self.blocks) > MAX_BLOCKS:
             raise ValueError(
-                f"blocks is {self.blocks}, but more than {MAX_STAGES} stages "
-                f"or {MAX_BLOCKS} blocks a stage are not supported"
+                f"{len(self.widths)} widths with up to {max(self.blocks)} blocks each, but "
+                f"{MAX_STAGES} widths and {MAX_BLOCKS} blocks are the most that is supported"
             )
         for name, value, known in (
             ("norm", self.norm, ("group", "pixel", "none")),
@@ -229,7 +230,67 @@ class ClassHead(nn.Module):
 
         def run(w: Tensor) -> Tensor:
             count = cells or top.shape[2] * top.shape[3]
-            g = (w @ self.linear.weight)[:, :, None, None] / count
+            weight = self.linear.weight
+            g = (w.to(weight.dtype) @ weight)[:, :, None, None] / count
             return adjoint(g.to(top.dtype).expand_as(top))
 
         return logits, run
+
+
+class Network(nn.Module):
+    """What every architecture offers: a correction towards the clean picture, and class scores.
+
+    ``compute_dtype`` is the precision of the trunk (None: that of the input); the
+    input, the output, the class scores and energies stay at the input's.
+    """
+
+    denoises: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
+
+    def __init__(self, config: NetConfig):
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.compute_dtype: torch.dtype | None = None
+        self.trunk = Trunk(config)
+        self.head = ClassHead(config)
+
+    def log_joint(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+        """f_c(y) = log p_sigma(y, c) up to a constant: (B, C, H, W) -> (B, K), in nats."""
+        raise TypeError(f"{type(self).__name__} has no density")
+
+    def correction(
+        self,
+        y: Tensor,
+        sigma: Tensor | float,
+        weights: Weights = None,
+        cells: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """sigma^2 sum_c w_c s_c(y), like y, and the class scores l_c, (B, K), in one pass.
+
+        y: (B, C, H, W) in [0, 1] plus noise. sigma: float or (B,), in [0, 1] pixel
+        units. weights: mixture of class-conditional scores, (B, K) or (K,), or a
+        function that gives them from the class scores (None: the posterior, which
+        gives the unconditional score). cells: for a tile of a larger picture, the
+        number of last-stage positions of the whole (give ``weights`` too: the class
+        scores of a tile are not those of the picture).
+        """
+        raise TypeError(f"{type(self).__name__} does not define its correction")
+
+    def forward(
+        self, y: Tensor, sigma: Tensor | float, weights: Weights = None
+    ) -> tuple[Tensor, Tensor]:
+        """y + sigma^2 sum_c w_c s_c(y) (Tweedie's formula), like y, and the class scores."""
+        correction, logits = self.correction(y, sigma, weights)
+        return y + correction, logits
+
+    def score(self, y: Tensor, sigma: Tensor | float, weights: Tensor | None = None) -> Tensor:
+        """sum_c w_c s_c(y), like y, without autograd."""
+        variance = per_sample(sigma, y).clamp_min(MIN_SIGMA).square()
+        return self.correction(y, sigma, weights)[0] / variance
+
+    def class_features(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+        """What the class scores are a linear map of, after a mean over positions: (B, F, h, w)."""
+        n = Normalised(y, sigma, self.config.multiple)
+        top: Tensor = self.head.features(self.trunk(n, self.compute_dtype)[0][-1])[0]
+        return top.to(y.dtype)

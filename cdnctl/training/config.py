@@ -138,13 +138,13 @@ def parse(raw: Mapping[str, Any]) -> TrainConfig:
             raise ConfigError(f"{key} is {value!r}, but must be a section, [{key}]")
         if key == "name" and not isinstance(value, str):
             raise ConfigError(f"name is {value!r}, but must be of type {str}")
-    parts = {k: build(cls, raw.get(k, {}), k) for k, cls in sections.items()}
+    parts: dict[str, Any] = {k: build(cls, raw.get(k, {}), k) for k, cls in sections.items()}
     model = {"arch": "gradresnet"} | dict(raw.get("model", {}))
     shape = {k: v for k, v in model.items() if k != "arch"}
     net = build(architecture(model["arch"]).config, shape, "model")
     if getattr(net, "channels", 3) != 3:
         raise ConfigError(f"model.channels is {net.channels}, but training pictures have 3")
-    config = TrainConfig(name=raw.get("name", "model"), model=model, **parts)  # type: ignore[arg-type]
+    config = TrainConfig(name=raw.get("name", "model"), model=model, **parts)
     _check(config)
     return config
 
@@ -172,6 +172,7 @@ def _check(c: TrainConfig) -> None:
         ("optim.betas", max(c.optim.betas), 0, 1 - 1e-9),
         ("optim.ema", c.optim.ema, 0, 1),
         ("optim.clip", c.optim.clip, 1e-9, 1e9),
+        ("optim.guard", c.optim.guard, 1, 1e9),
         ("run.seed", c.run.seed, 0, 2**63 - 1),
         ("run.log_every", c.run.log_every, 1, 10**9),
         ("run.validate_every", c.run.validate_every, 1, 10**9),

@@ -80,9 +80,7 @@ class Pictures:
     classes: tuple[str, ...]
 
     @staticmethod
-    def load(
-        sources: Sequence[Source], classes: Sequence[str], device: torch.device
-    ) -> Pictures:
+    def load(sources: Sequence[Source], classes: Sequence[str], device: torch.device) -> Pictures:
         """Decode all files into memory. ImageError names the first that cannot be read."""
         with ThreadPoolExecutor() as pool:
             pictures = list(pool.map(_load, sources))
@@ -92,9 +90,9 @@ class Pictures:
             buffer=torch.cat([p.flatten() for p in pictures]).to(device),
             offsets=(lengths.cumsum(0) - lengths).to(device),
             sizes=torch.tensor([p.shape[1:] for p in pictures]).to(device),
-            labels=torch.tensor(
-                [-1 if s.label is None else index[s.label] for s in sources]
-            ).to(device),
+            labels=torch.tensor([-1 if s.label is None else index[s.label] for s in sources]).to(
+                device
+            ),
             classes=tuple(classes),
         )
 

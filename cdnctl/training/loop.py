@@ -22,6 +22,7 @@ from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
 from cdnctl.errors import TrainingError, UsageError
+from cdnctl.models import Network
 from cdnctl.training.config import LossConfig, TrainConfig, parse
 from cdnctl.training.data import Batch, Batches, Pictures, load_datasets
 from cdnctl.version import VERSION
@@ -56,7 +57,7 @@ class Outcome:
     finished: bool
 
 
-def losses(model: nn.Module, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
+def losses(model: Network, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Score matching and cross-entropy per picture, (B,) each; the latter 0 where unlabelled."""
     one_hot = F.one_hot(batch.labels.clamp_min(0), model.num_classes)
 
@@ -84,10 +85,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 class TrainState:
     """Everything that a resumed run needs: weights, their average, AdamW, the guard, the step."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig):
+    def __init__(self, model: Network, config: TrainConfig):
         self.model = model
         self.ema = {k: v.detach().clone() for k, v in model.named_parameters()}
-        decay, plain = [], []
+        decay: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for parameter in model.parameters():
             (decay if parameter.ndim > 1 else plain).append(parameter)
         self.optimizer = torch.optim.AdamW(
@@ -123,11 +125,10 @@ class TrainState:
             with torch.no_grad():
                 p.copy_(tensors[f"model.{k}"])
                 self.ema[k].copy_(tensors[f"ema.{k}"])
-            names = ("step", "exp_avg", "exp_avg_sq")
             if f"optimizer.step.{k}" in tensors:
                 self.optimizer.state[p] = {
-                    n: tensors[f"optimizer.{n}.{k}"].to("cpu" if n == "step" and p.device.type == "cpu" else p.device)
-                    for n in names
+                    name: tensors[f"optimizer.{name}.{k}"].to(p.device)
+                    for name in ("step", "exp_avg", "exp_avg_sq")
                 }
         scalars = read_run(path)["state"]
         self.step, self.seconds = scalars["step"], scalars["seconds"]
@@ -231,8 +232,14 @@ def train(
     torch.manual_seed(config.run.seed)
     model = build_module(header)
     if init_from is not None:
-        model.load_state_dict(load_model(init_from)[0].state_dict())
-    model = model.to(device=device, memory_format=torch.channels_last)
+        try:
+            model.load_state_dict(load_model(init_from)[0].state_dict())
+        except RuntimeError as error:
+            raise UsageError(
+                f"cannot start from {str(init_from)!r}, whose network or number of classes "
+                f"is not that of this run: {error}"
+            ) from None
+    model.to(device)
     bf16 = config.run.precision == "bfloat16" or (
         config.run.precision == "auto" and device.type == "cuda"
     )
@@ -240,6 +247,8 @@ def train(
     state = TrainState(model, config)
     if resuming:
         state.load(state_file)
+        if rank == 0:
+            _forget(folder / "results.csv", state.step)
     extra = {
         "config": config.to_dict(),
         "datasets": [str(Path(p).resolve()) for p in datasets],
@@ -410,6 +419,14 @@ def _agree(stop: bool, device: torch.device, world: int) -> bool:
     flag = torch.tensor(float(stop), device=device)
     dist.all_reduce(flag)
     return bool(flag > 0)
+
+
+def _forget(path: Path, step: int) -> None:
+    """Drop the rows of results.csv beyond a step: a run that broke off will write them again."""
+    if path.exists():
+        head, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) <= step]
+        write_atomically(path, "".join([head, *kept]).encode())
 
 
 def _append(path: Path, progress: Progress, config: TrainConfig) -> None:

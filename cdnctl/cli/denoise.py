@@ -1,0 +1,243 @@
+"""cdnctl denoise."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cdnctl.cli.common import (
+    PEAK,
+    ClassOption,
+    Device,
+    Json,
+    ModelOption,
+    Quiet,
+    Recursive,
+    SigmaOption,
+    Threads,
+    class_names,
+    parse_class,
+    parse_sigma,
+    progress,
+    report_error,
+    start_torch,
+    warn,
+)
+from cdnctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from cdnctl.restore import Done, Job, Restored, Settings
+    from cdnctl.selection import Models
+
+STDIO = Path("-")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(denoise)
+
+
+def denoise(
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Pictures and folders; - for standard input.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File or folder; - for standard output."),
+    ] = None,
+    sigma: SigmaOption = "auto",
+    target: ClassOption = "none",
+    model: ModelOption = "auto",
+    strength: Annotated[
+        float, typer.Option("--strength", help="0: the input, 1: fully denoised.")
+    ] = 1.0,
+    guidance: Annotated[
+        float, typer.Option("--guidance", help="Weight g of the class: D + g (D_c - D).")
+    ] = 1.0,
+    uncertainty: Annotated[
+        Path | None,
+        typer.Option(
+            "--uncertainty",
+            help="Write the posterior standard deviation of every pixel: as a fraction of "
+            "sigma (16-bit .png), or in pixel units of 0..1 (.tif).",
+        ),
+    ] = None,
+    recursive: Recursive = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace outputs that exist.")
+    ] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Pass over inputs whose output exists.")
+    ] = False,
+    strip_metadata: Annotated[
+        bool, typer.Option("--strip-metadata", help="Leave out EXIF, ICC profile and text.")
+    ] = False,
+    tile: Annotated[
+        int | None, typer.Option("--tile", min=1, help="Side of tiles in pixels.")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove noise from pictures. The originals are never touched."""
+    level = parse_sigma(sigma)
+    wanted = parse_class(target)
+    if overwrite and skip_existing:
+        raise UsageError("--overwrite and --skip-existing exclude each other")
+    torch_device = start_torch(device, threads)
+    from cdnctl.restore import Settings, plan, run
+    from cdnctl.selection import Models
+
+    settings = Settings(level, wanted, strength, guidance, tile)
+    models = Models(model, torch_device, class_names(wanted))
+    printer = Printer(models, sigma == "auto", as_json, quiet)
+    if STDIO in inputs or output == STDIO:
+        _pipe(inputs, output, models, settings, strip_metadata, overwrite, printer)
+        return
+
+    jobs = plan(inputs, output, recursive)
+    if uncertainty is not None and len(jobs) != 1:
+        raise UsageError(f"--uncertainty takes one picture, not {len(jobs)}")
+    existing = [job for job in jobs if job.output.exists()]
+    if uncertainty is not None and uncertainty.exists() and not overwrite:
+        raise UsageError(f"{str(uncertainty)!r} exists: give --overwrite to replace it")
+    if existing and skip_existing:
+        jobs = [job for job in jobs if job not in existing]
+    elif existing and not overwrite:
+        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise UsageError(
+            f"{str(existing[0].output)!r}{more} exists: give --overwrite to replace, "
+            "or --skip-existing to pass over"
+        )
+    results = run(jobs, models, settings, strip_metadata=strip_metadata)
+    failed = _report(results, len(jobs), printer)
+    if uncertainty is not None and not failed:
+        _write_uncertainty(jobs[0], uncertainty, models, settings)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _report(results: Iterator[Done], total: int, printer: Printer) -> list[Done]:
+    """Print each result as it comes; the failures again at the end. Returns them."""
+    failed = []
+    with progress(total, printer.quiet) as advance:
+        for done in results:
+            if done.restored is None:
+                failed.append(done)
+                printer.failure(done)
+            else:
+                printer.result(done.job.source, done.job.output, done.restored)
+            advance()
+    if failed and total > 1:
+        report_error(f"{len(failed)} of {total} pictures failed:")
+        for done in failed:
+            print(f"  {done.error}", file=sys.stderr)
+    return failed
+
+
+def _pipe(
+    inputs: list[Path],
+    output: Path | None,
+    models: Models,
+    settings: Settings,
+    strip: bool,
+    overwrite: bool,
+    printer: Printer,
+) -> None:
+    """One picture from standard input and/or to standard output."""
+    from dataclasses import replace
+
+    from cdnctl import images
+    from cdnctl.restore import restore
+
+    if len(inputs) != 1 or output is None:
+        raise UsageError("with - give exactly one input and an output: cdnctl denoise - -o out.png")
+    if output != STDIO and output.exists() and not overwrite:
+        raise UsageError(f"{str(output)!r} exists: give --overwrite to replace it")
+    source = inputs[0]
+    image = images.read(sys.stdin.buffer if source == STDIO else source)
+    restored = restore(image, models.pick(*image.pixels.shape[:2]), settings)
+    if output != STDIO:
+        images.write(restored.image, output, strip_metadata=strip)
+    else:
+        suffix = source.suffix.lower()
+        suffix = suffix if suffix in images.WRITE_SUFFIXES else ".png"
+        result = restored.image
+        if strip:
+            result = replace(result, metadata=images.Metadata())
+        sys.stdout.buffer.write(images.encode(result, suffix))
+        sys.stdout.buffer.flush()
+    printer.result(source, output, restored)
+
+
+def _write_uncertainty(job: Job, path: Path, models: Models, settings: Settings) -> None:
+    import numpy as np
+
+    from cdnctl import images
+    from cdnctl.analysis.uncertainty import posterior_std
+
+    pixels = images.read(job.source).pixels
+    std, sigma = posterior_std(pixels, models.pick(*pixels.shape[:2]), settings)
+    if path.suffix.lower() in (".tif", ".tiff"):
+        result = images.Image(std, np.dtype(np.float32))
+    else:
+        result = images.Image(std / max(sigma, 1e-6), np.dtype(np.uint16))
+    images.write(result, path)
+
+
+class Printer:
+    """Says how each picture went: a line for people or an object for programs."""
+
+    def __init__(self, models: Models, estimated: bool, as_json: bool, quiet: bool):
+        self.models, self.estimated = models, estimated
+        self.as_json, self.quiet = as_json, quiet
+
+    def result(self, source: Path, output: Path, restored: Restored) -> None:
+        """A picture that was restored; its noise level is in 0..255."""
+        model = self.models.pick(*restored.image.pixels.shape[:2])
+        level = restored.sigma * PEAK
+        low, high = (PEAK * s for s in model.sigma_range)
+        if restored.sigma_seen * PEAK > high + 1e-6:
+            note = (
+                " (a gray picture counts sqrt(3)-fold)"
+                if restored.sigma_seen > restored.sigma
+                else ""
+            )
+            warn(
+                f"{source}: sigma {level:.1f}{note} is outside the range {low:g}..{high:g} that "
+                f"model {model.name!r} was trained on"
+            )
+        best = next(iter(restored.posterior.items()), None)
+        # With the picture itself on standard output, remarks go to standard error.
+        stream = sys.stderr if output == STDIO else sys.stdout
+        if self.as_json:
+            record: dict[str, Any] = {
+                "input": str(source),
+                "output": str(output),
+                "sigma": round(level, 3),
+                "sigma_estimated": self.estimated,
+                "model": model.name,
+                "weights": model.hash,
+                "posterior": {k: round(v, 6) for k, v in restored.posterior.items()},
+                "notes": list(restored.image.notes),
+            }
+            print(json.dumps(record, ensure_ascii=False), file=stream, flush=True)
+        elif not self.quiet:
+            how = "estimated" if self.estimated else "given"
+            parts = [f"{source} -> {output}", f"sigma {level:.1f} ({how})", f"model {model.name}"]
+            if best is not None:
+                parts.append(f"most probable class {best[0]} ({best[1]:.0%})")
+            print(", ".join([*parts, *restored.image.notes]), file=stream, flush=True)
+
+    def failure(self, done: Done) -> None:
+        """A picture that could not be restored."""
+        if self.as_json:
+            print(json.dumps({"input": str(done.job.source), "error": done.error}), flush=True)
+        else:
+            report_error(str(done.error))
