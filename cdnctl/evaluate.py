@@ -151,18 +151,18 @@ def evaluate(
 @torch.no_grad()
 def _score(sample: Sample, clean: np.ndarray, noisy: np.ndarray, sigma: float, model: Model) -> Row:
     field = Field(model, noisy, sigma)
-    logits = field.logits()
+    correction, logits = field.solve(lambda scores: scores.softmax(0))
     values: dict[str, float | str | None] = {}
     if model.module.classifies and sample.label is not None:
         values["predicted"] = model.classes[int(logits.argmax())]
     if model.module.denoises and (sigma > 0 or sample.noisy is not None):
-        restored = np.clip(noisy + field.correction(logits.softmax(0)), 0, 1)
-        values["psnr_noisy"] = _psnr(noisy, clean)
-        values["psnr"] = _psnr(restored, clean)
+        restored = np.clip(noisy + correction, 0, 1)
+        values["psnr_noisy"] = picture_psnr(noisy, clean)
+        values["psnr"] = picture_psnr(restored, clean)
         values["ssim"] = ssim(restored, clean)
         if sample.label is not None and model.module.classifies:
             told = noisy + field.correction(_one_hot(model, sample.label))
-            values["psnr_class"] = _psnr(np.clip(told, 0, 1), clean)
+            values["psnr_class"] = picture_psnr(np.clip(told, 0, 1), clean)
     return Row(str(sample.clean), sigma, label=sample.label, **values)  # type: ignore[arg-type]
 
 
@@ -172,7 +172,8 @@ def _one_hot(model: Model, label: str) -> Tensor:
     return weights
 
 
-def _psnr(restored: np.ndarray, clean: np.ndarray) -> float:
+def picture_psnr(restored: np.ndarray, clean: np.ndarray) -> float:
+    """PSNR in dB of (H, W, C) in [0, 1]."""
     a, b = (torch.from_numpy(np.ascontiguousarray(v))[None] for v in (restored, clean))
     return float(psnr(a, b))
 

@@ -16,6 +16,7 @@ from cdnctl import images, tiles
 from cdnctl.api import Model
 from cdnctl.errors import CdnctlError, ImageError, UsageError
 from cdnctl.images import Image
+from cdnctl.models import Weights
 from cdnctl.selection import Models
 
 AUTO = "auto"
@@ -97,10 +98,12 @@ class Field:
         """(B, C, h, w) of the picture with the network's number of channels."""
         return y.repeat(1, self.repeat, 1, 1)
 
-    def correct(self, y: Tensor, weights: Tensor) -> Tensor:
+    def correct(self, y: Tensor, weights: Weights) -> Tensor:
         """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w) of the picture, differentiable."""
+        if isinstance(weights, Tensor):
+            weights = weights.to(y.device)
         correction, _ = self.model.module.correction(
-            self.repeated(y), self.seen, weights.to(y.device), self.cells
+            self.repeated(y), self.seen, weights, self.cells
         )
         return correction.mean(1, keepdim=True) if self.repeat > 1 else correction
 
@@ -108,6 +111,20 @@ class Field:
         """Apply a function of tiles, (B, C, h, w) to the same, to the picture: (H, W, C)."""
         out = tiles.run(function, self.picture, self.tiles, self.model.device)
         return out[:, : self.height, : self.width].permute(1, 2, 0).contiguous().numpy()
+
+    def solve(self, choose: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, Tensor]:
+        """Correction, (H, W, C), for the class weights that ``choose`` makes of the class
+        scores, (K,) to (K,), and the scores. A picture of one tile takes a single pass."""
+        if len(self.tiles) > 1:
+            logits = self.logits()
+            return self.correction(choose(logits)), logits
+        seen: list[Tensor] = []
+
+        def weights(logits: Tensor) -> Tensor:
+            seen.append(logits[0].cpu())
+            return choose(seen[0]).to(logits.device)
+
+        return self.over_tiles(lambda y: self.correct(y, weights)), seen[0]
 
     def correction(self, weights: Tensor) -> np.ndarray:
         """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C)."""
@@ -157,8 +174,7 @@ def restore(image: Image, model: Model, settings: Settings) -> Restored:
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot denoise")
     sigma = estimate_sigma(image.pixels) if settings.sigma is None else settings.sigma
     field = Field(model, image.pixels, sigma, settings.tile)
-    logits = field.logits()
-    correction = field.correction(class_weights(model, logits, settings))
+    correction, logits = field.solve(lambda scores: class_weights(model, scores, settings))
     pixels = image.pixels + np.float32(settings.strength) * correction
     return Restored(image.with_pixels(pixels), sigma, field.seen, ranked(model, logits))
 

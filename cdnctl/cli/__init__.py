@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cdnctl.cli import classify, denoise, evaluate, models, train
+from cdnctl.cli import bench, classify, denoise, evaluate, models, train
 from cdnctl.cli.common import report_error
 from cdnctl.errors import CdnctlError
 from cdnctl.version import VERSION
@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _room in (denoise, classify, evaluate, train, models):
+for _room in (denoise, classify, evaluate, train, models, bench):
     _room.register(app)
 
 

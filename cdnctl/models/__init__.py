@@ -11,9 +11,9 @@ from typing import NamedTuple
 from cdnctl.errors import ConfigError
 from cdnctl.models.baselines import Classifier, UNet
 from cdnctl.models.gradresnet import GradResNet
-from cdnctl.models.trunk import NetConfig, Network
+from cdnctl.models.trunk import NetConfig, Network, Weights
 
-__all__ = ["REGISTRY", "Architecture", "NetConfig", "Network", "architecture"]
+__all__ = ["REGISTRY", "Architecture", "NetConfig", "Network", "Weights", "architecture"]
 
 
 class Architecture(NamedTuple):

@@ -81,6 +81,8 @@ class UNet(Network):
 
         The learnt score knows no classes: ``weights`` and ``cells`` change nothing.
         """
+        logits = y.new_zeros(y.shape[0], self.num_classes)
+        mixture(weights, logits)
         n = Normalised(y, sigma, self.config.multiple)
         features, _ = self.trunk(n, self.compute_dtype)
         h: Tensor | None = None
@@ -90,7 +92,7 @@ class UNet(Network):
             h = self.blocks[i](h)[0]
         assert h is not None
         g = pixel_shuffle(_transposed(self.out, h).to(n.z.dtype), self.config.unshuffle)
-        return n.correction(g), y.new_zeros(y.shape[0], self.num_classes)
+        return n.correction(g), logits
 
 
 def _transposed(conv: nn.Module, x: Tensor) -> Tensor:

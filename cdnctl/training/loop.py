@@ -285,8 +285,10 @@ def train(
         rows = config.data.batch
         loss = (config.loss.score * matching + config.loss.classes * entropy).sum() / rows
         gradients = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        # Convolutions give gradients in channels-last order. Fused AdamW goes through memory
+        # without a look at strides: they must be those of the weights.
         gradients = [
-            torch.zeros_like(p) if g is None else g
+            torch.zeros_like(p) if g is None else g.contiguous()
             for g, p in zip(gradients, parameters, strict=True)
         ]
         if world > 1:

@@ -1,0 +1,198 @@
+"""How good, how fast and how hungry: the bundled models beside the classical methods.
+
+All methods see the same noise. Time and memory are taken in a fresh process per
+method and size, so that no method inherits another's caches or high-water mark.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from cdnctl import images
+from cdnctl.api import Model, load
+from cdnctl.checkpoints import bundled
+from cdnctl.evaluate import noisy_version, picture_psnr, ssim
+from cdnctl.restore import Settings, restore
+
+Method = Callable[[np.ndarray, float], np.ndarray]
+
+REFERENCE = "CDnCNN-B (shape)"
+
+
+def _nlm(noisy: np.ndarray, sigma: float) -> np.ndarray:
+    from skimage.restoration import denoise_nl_means
+
+    return np.asarray(
+        denoise_nl_means(
+            noisy, patch_size=5, patch_distance=6, h=0.6 * sigma, sigma=sigma, channel_axis=-1
+        )
+    )
+
+
+def _wavelet(noisy: np.ndarray, sigma: float) -> np.ndarray:
+    from skimage.restoration import denoise_wavelet
+
+    color = noisy.shape[2] == 3
+    return np.asarray(
+        denoise_wavelet(
+            noisy, sigma=sigma, channel_axis=-1, convert2ycbcr=color, rescale_sigma=True
+        )
+    )
+
+
+def _tv(noisy: np.ndarray, sigma: float) -> np.ndarray:
+    from skimage.restoration import denoise_tv_chambolle
+
+    return np.asarray(denoise_tv_chambolle(noisy, weight=1.2 * sigma, channel_axis=-1))
+
+
+def _bm3d(noisy: np.ndarray, sigma: float) -> np.ndarray:
+    import bm3d
+
+    return np.asarray(bm3d.bm3d_rgb(noisy, sigma))
+
+
+class PlainStack(nn.Module):
+    """The shape of CDnCNN-B (Zhang et al. 2017): 20 convolutions of 64 channels, 0.67 million
+    multiply-adds per pixel. Weights are random: it is a yardstick of time, not of quality."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU()]
+        for _ in range(18):
+            layers += [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(64, 3, 3, padding=1))
+
+    def run(self, noisy: np.ndarray, sigma: float) -> np.ndarray:
+        """A pass over tiles of 256 pixels with a margin of 20."""
+        from cdnctl import tiles
+
+        y = torch.from_numpy(noisy.transpose(2, 0, 1).copy())
+        plan = tiles.plan(y.shape[1], y.shape[2], 296, 20, 1)
+        with torch.no_grad():
+            out = tiles.run(self.layers, y, plan, torch.device("cpu"))
+        return out.permute(1, 2, 0).numpy()
+
+
+def _with_model(model: Model) -> Method:
+    def run(noisy: np.ndarray, sigma: float) -> np.ndarray:
+        return restore(images.Image(noisy), model, Settings(sigma)).image.pixels
+
+    return run
+
+
+CLASSICAL: Mapping[str, Method] = {
+    "non-local means": _nlm,
+    "wavelet": _wavelet,
+    "total variation": _tv,
+    "BM3D": _bm3d,
+}
+
+
+def available() -> list[str]:
+    """Names of all methods: bundled models, classical methods, the yardstick of time.
+
+    BM3D takes part if the package bm3d is there (its licence is for research only,
+    so it is not a dependency).
+    """
+    classical = [name for name in CLASSICAL if name != "BM3D" or importlib.util.find_spec("bm3d")]
+    return [*bundled(), *classical, REFERENCE]
+
+
+def method(name: str) -> Method:
+    """A method by name."""
+    if name == REFERENCE:
+        torch.manual_seed(0)
+        return PlainStack().run
+    return CLASSICAL[name] if name in CLASSICAL else _with_model(load(name))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Mean scores of a method over a folder at one noise level."""
+
+    method: str
+    sigma: float  # in [0, 1]
+    psnr: float
+    ssim: float | None
+    seconds_per_megapixel: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method needs for one picture."""
+
+    method: str
+    megapixels: float
+    seconds_per_megapixel: float
+    peak_mb: float  # above the interpreter with torch and the method loaded
+
+
+def quality(
+    files: Sequence[Path], names: Sequence[str], sigmas: Sequence[float], seed: int = 0
+) -> Iterator[Quality]:
+    """Score every method on the same noisy pictures; the yardstick of time is left out."""
+    pictures = [(path.name, images.read(path).pixels) for path in files]
+    for name in names:
+        if name == REFERENCE:
+            continue
+        run = method(name)
+        for sigma in sigmas:
+            psnrs, ssims, seconds, pixels = [], [], 0.0, 0
+            for file, clean in pictures:
+                noisy = noisy_version(clean, sigma, file, seed)
+                start = time.perf_counter()
+                out = run(noisy, sigma)
+                seconds += time.perf_counter() - start
+                pixels += clean.shape[0] * clean.shape[1]
+                out = np.clip(out, 0, 1)
+                psnrs.append(picture_psnr(out, clean))
+                ssims.append(ssim(out, clean))
+            known = [s for s in ssims if s is not None]
+            mean_ssim = float(np.mean(known)) if known else None
+            yield Quality(name, sigma, float(np.mean(psnrs)), mean_ssim, seconds / pixels * 1e6)
+
+
+def cost(
+    names: Sequence[str], megapixels: Sequence[float], threads: int | None = None
+) -> Iterator[Cost]:
+    """Time and peak memory of every method on a synthetic noisy picture of each size."""
+    context = multiprocessing.get_context("spawn")
+    for size in megapixels:
+        for name in names:
+            with context.Pool(1) as pool:
+                seconds, peak = pool.apply(_measure, (name, size, threads))
+            yield Cost(name, size, seconds / size, peak)
+
+
+def _measure(name: str, megapixels: float, threads: int | None) -> tuple[float, float]:
+    """(seconds, peak MB) of one run in this process."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    run = method(name)
+    side = round((megapixels * 1e6 / 1.5) ** 0.5)
+    shape = (side, round(side * 1.5), 3)
+    small = np.random.default_rng(0).random((64, 64, 3), np.float32)
+    run(small, 0.1)  # what is loaded on first use does not count
+    noisy = np.random.default_rng(0).random(shape, np.float32)
+    before = _peak_mb()
+    start = time.perf_counter()
+    run(noisy, 0.1)
+    return time.perf_counter() - start, _peak_mb() - before
+
+
+def _peak_mb() -> float:
+    """Highest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)

@@ -1,0 +1,109 @@
+"""cdnctl bench."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cdnctl.cli.common import PEAK, Json, Threads, parse_sigmas, start_torch, stderr
+from cdnctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from cdnctl.benchmark import Cost, Quality
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(bench)
+
+
+def bench(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Clean pictures to compare quality on.")
+    ] = None,
+    sigma: Annotated[
+        str, typer.Option("--sigma", help="Noise levels, 0..255, comma-separated.")
+    ] = "15,25,50",
+    megapixels: Annotated[
+        str, typer.Option("--megapixels", help="Picture sizes for time and memory.")
+    ] = "0.25,4",
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Only these, comma-separated.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compare models and classical methods, in one run: quality on a folder, or time and memory."""
+    levels = parse_sigmas(sigma)
+    start_torch("cpu", threads)
+    from cdnctl.benchmark import REFERENCE, available, cost, quality
+    from cdnctl.restore import expand
+
+    names = available()
+    if methods is not None:
+        unknown = set(methods.split(",")) - set(names)
+        if unknown:
+            raise UsageError(f"unknown methods {sorted(unknown)}; known: {', '.join(names)}")
+        names = [n for n in names if n in methods.split(",")]
+    if folder is not None:
+        rows = []
+        for row in quality(expand([folder], recursive=True), names, levels):
+            rows.append(row)
+            stderr().print(f"{row.method}, sigma {row.sigma * PEAK:g}: {row.psnr:.2f} dB")
+        if as_json:
+            print(json.dumps([asdict(r) | {"sigma": r.sigma * PEAK} for r in rows]))
+        else:
+            _quality_table(rows)
+        return
+    try:
+        sizes = [float(m) for m in megapixels.split(",")]
+    except ValueError:
+        raise UsageError(f"--megapixels is {megapixels!r}, but must be numbers: 0.25,4") from None
+    costs = []
+    for item in cost(names, sizes, threads):
+        costs.append(item)
+        stderr().print(f"{item.method}, {item.megapixels:g} megapixels: done")
+    if as_json:
+        print(json.dumps([asdict(c) for c in costs]))
+    else:
+        _cost_table(costs, REFERENCE)
+
+
+def _quality_table(rows: Sequence[Quality]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "sigma", "PSNR", "SSIM", "s per megapixel")
+    for r in rows:
+        ssim = "-" if r.ssim is None else f"{r.ssim:.4f}"
+        table.add_row(
+            r.method, f"{r.sigma * PEAK:g}", f"{r.psnr:.2f}", ssim, f"{r.seconds_per_megapixel:.2f}"
+        )
+    Console(highlight=False).print(table)
+
+
+def _cost_table(rows: Sequence[Cost], reference: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("megapixels", "method", "s per megapixel", f"relative to {reference}", "peak MB")
+    for r in rows:
+        yardstick = [
+            c.seconds_per_megapixel
+            for c in rows
+            if c.method == reference and c.megapixels == r.megapixels
+        ]
+        ratio = f"{r.seconds_per_megapixel / yardstick[0]:.2f}" if yardstick else "-"
+        table.add_row(
+            f"{r.megapixels:g}",
+            r.method,
+            f"{r.seconds_per_megapixel:.2f}",
+            ratio,
+            f"{r.peak_mb:.0f}",
+        )
+    Console(highlight=False).print(table)
