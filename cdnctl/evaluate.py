@@ -116,7 +116,7 @@ def ssim(restored: np.ndarray, clean: np.ndarray) -> float | None:
 
 def noisy_version(clean: np.ndarray, sigma: float, name: str, seed: int) -> np.ndarray:
     """clean + sigma * noise, not clipped; the noise depends on name, sigma and seed alone."""
-    key = zlib.crc32(f"{name} {sigma * 255:.6f}".encode())
+    key = zlib.crc32(f"{name} {sigma:.9f}".encode())
     noise = np.random.default_rng([seed, key]).standard_normal(clean.shape, np.float32)
     return clean + np.float32(sigma) * noise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class Field:
         # Group norm needs the whole picture at once; everything else goes tile by tile.
         whole = config.norm == "group"
         side = max(height, width) if whole else (tile or DEFAULT_TILE)
-        self.tiles = tiles.plan(height, width, side, config.receptive_radius, config.multiple)
+        self.tiles = tiles.plan(height, width, side, config.margin, config.multiple)
         self.cells = height * width // config.multiple**2
 
     def logits(self) -> Tensor:
@@ -141,7 +142,9 @@ def estimate_sigma(pixels: np.ndarray) -> float:
 
     if min(pixels.shape[:2]) < 4:
         return 0.0
-    sigma = float(estimate(pixels, channel_axis=-1, average_sigmas=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # flat pictures: the mean of nothing
+        sigma = float(estimate(pixels, channel_axis=-1, average_sigmas=True))
     return sigma if math.isfinite(sigma) else 0.0
 
 
@@ -204,6 +207,7 @@ def find_pictures(folder: Path, recursive: bool) -> list[Path]:
         p
         for p in found
         if images.is_image_path(p)
+        and not p.is_dir()
         and not any(part.startswith(".") for part in p.relative_to(folder).parts)
     )
 
@@ -240,9 +244,8 @@ def plan(sources: Sequence[Path], output: Path | None, recursive: bool) -> list[
         if source.is_dir():
             if output is None:
                 raise UsageError(f"{str(source)!r} is a folder: say where to with -o FOLDER")
-            # What an earlier run wrote into the folder itself is not input.
-            inside = [p for p in expand([source], recursive) if output not in p.parents]
-            jobs += [Job(p, _writable(output / p.relative_to(source))) for p in inside]
+            found = _without(expand([source], recursive), source, output)
+            jobs += [Job(p, _writable(output / p.relative_to(source))) for p in found]
         elif not source.exists():
             raise UsageError(f"no such file or folder: {str(source)!r}")
         elif output is None:
@@ -264,14 +267,38 @@ def _writable(path: Path) -> Path:
     return path.with_name(path.name + ".png")
 
 
-def _check_clashes(jobs: Iterable[Job]) -> None:
+def _without(files: list[Path], source: Path, output: Path) -> list[Path]:
+    """The files of a folder, but for what an earlier run wrote into a folder inside of it."""
+    place = output.resolve()
+    if source.resolve() not in place.parents:
+        return files
+    rest = [p for p in files if not p.parent.resolve().is_relative_to(place)]
+    if not rest:
+        raise UsageError(f"no pictures in {str(source)!r} but those in {str(output)!r}")
+    return rest
+
+
+def same_file(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file, there or not."""
+    return _key(a) == _key(b) or (a.exists() and b.exists() and a.samefile(b))
+
+
+def _key(path: Path) -> str:
+    return os.path.normcase(os.path.realpath(path))
+
+
+def _check_clashes(jobs: Sequence[Job]) -> None:
+    sources = {_key(job.source): job.source for job in jobs}
     taken: dict[str, Path] = {}
     for job in jobs:
-        key = os.path.normcase(os.path.abspath(job.output))
-        if key == os.path.normcase(os.path.abspath(job.source)) or (
-            job.output.exists() and job.output.samefile(job.source)
-        ):
+        key = _key(job.output)
+        if same_file(job.output, job.source):
             raise UsageError(f"{str(job.source)!r} would overwrite itself: choose another output")
+        if key in sources:
+            raise UsageError(
+                f"{str(job.source)!r} would overwrite the input {str(sources[key])!r}: "
+                "choose another output, or leave one of them out"
+            )
         if key in taken:
             raise UsageError(
                 f"{str(taken[key])!r} and {str(job.source)!r} would both be written to "

