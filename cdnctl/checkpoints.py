@@ -253,8 +253,7 @@ def card(path: Path) -> str:
         f"- training data: {header.data}",
         f"- budget: {header.training.get('steps', 0)} steps, "
         f"{header.training.get('pictures', 0)} pictures, "
-        f"{header.training.get('seconds', 0) / 60:.0f} minutes on "
-        f"{header.training.get('hardware', 'unknown hardware')}",
+        f"{header.training.get('seconds', 0) / 60:.0f} minutes",
         f"- seed {config.get('run', {}).get('seed', 0)}, cdnctl {header.version}, "
         f"weights {weights_hash(path)}, licence {header.licence}",
         "",

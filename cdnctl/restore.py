@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -329,7 +329,8 @@ def run(
             image = images.read(job.source)
             restored = restore(image, models.pick(*image.pixels.shape[:2]), settings)
             job.output.parent.mkdir(parents=True, exist_ok=True)
-            images.write(restored.image, job.output, strip_metadata=strip_metadata)
+            written = images.write(restored.image, job.output, strip_metadata=strip_metadata)
+            noted = replace(restored.image, notes=restored.image.notes + written)
         except OSError as error:
             yield Done(job, error=f"cannot write {str(job.output)!r}: {error.strerror or error}")
         except CdnctlError as error:
@@ -337,4 +338,4 @@ def run(
                 raise
             yield Done(job, error=str(error))
         else:
-            yield Done(job, restored)
+            yield Done(job, replace(restored, image=noted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -40,11 +41,17 @@ def _global_options(
     pass
 
 
+def _terminate(number: int, frame: object) -> None:
+    # As an exception, so that half-written files are removed on the way out.
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point: run a command, turn errors into one message and an exit code."""
     # Threads that spin while they wait slow a busy machine down many times.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except CdnctlError as error:

@@ -158,7 +158,13 @@ def progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     with Progress(
-        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        # Results must not be drawn into the bar's stream when standard output goes elsewhere.
+        redirect_stdout=sys.stdout.isatty(),
     ) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +14,6 @@ from cdnctl.cli.common import Device, Quiet, Threads, start_torch, stderr, stop_
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from cdnctl.training.loop import Progress
 
 
@@ -60,10 +60,13 @@ def train(
     from cdnctl.training.config import load
     from cdnctl.training.loop import new_run_folder, shared_path, train
 
-    with process_group(torch_device) as (rank, _), stop_on_signal() as stop:
+    with (
+        process_group(torch_device) as (rank, _),
+        stop_on_signal() as stop,
+        _watcher(shown=rank == 0 and not quiet) as watch,
+    ):
         parsed = None if config is None else load(_bundled().get(config, Path(config)))
         folder = resume or shared_path(lambda: new_run_folder(runs))
-        watch = _watcher() if rank == 0 and not quiet else (lambda progress: None)
         if rank == 0 and not quiet:
             stderr().print(f"run folder: {folder}", markup=False)
         outcome = train(
@@ -93,17 +96,20 @@ def _bundled() -> dict[str, Path]:
     return {p.stem: p for p in folder.glob("*.toml")}
 
 
-def _watcher() -> Callable[[Progress], None]:
+@contextmanager
+def _watcher(shown: bool) -> Iterator[Callable[[Progress], None]]:
     """A live table on a terminal, one plain line a report otherwise."""
     console = stderr()
+    if not shown:
+        yield lambda p: None
+        return
     if not console.is_terminal:
-        return lambda p: console.print(_line(p), markup=False)
+        yield lambda p: console.print(_line(p), markup=False)
+        return
     from rich.live import Live
     from rich.table import Table
 
     rows: list[list[str]] = []
-    live = Live(console=console, refresh_per_second=2)
-    live.start()
 
     def watch(p: Progress) -> None:
         cells = [
@@ -123,10 +129,9 @@ def _watcher() -> Callable[[Progress], None]:
         for row in rows[-12:]:
             table.add_row(*row)
         live.update(table)
-        if p.step == p.steps:
-            live.stop()
 
-    return watch
+    with Live(console=console, refresh_per_second=2, redirect_stdout=False) as live:
+        yield watch
 
 
 def _line(p: Progress) -> str:
