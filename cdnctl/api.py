@@ -67,6 +67,11 @@ class Model:
 
         UnknownClassError lists near matches and the bundled models that know the name.
         """
+        if isinstance(c, Tensor) and c.shape[-1:] != (len(self.classes),):
+            raise UsageError(
+                f"class weights have shape {tuple(c.shape)}, but there are "
+                f"{len(self.classes)} classes"
+            )
         if c is None or isinstance(c, Tensor):
             return c
         if isinstance(c, int):

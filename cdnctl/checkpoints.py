@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cdnctl.errors import ConfigError, WeightsError
+from cdnctl.fields import build
 from cdnctl.models import Network, architecture
 
 FORMAT_VERSION = 1
@@ -146,8 +147,6 @@ def _brief(error: Exception) -> str:
 
 def build_module(header: Header) -> Network:
     """An untrained module of the header's architecture, on whatever device is current."""
-    from cdnctl.training.config import build  # the one checker of config sections
-
     arch = architecture(header.arch)
     return arch.module(build(arch.config, header.model, "model"))
 
@@ -202,6 +201,24 @@ def weights_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+_SCORES = ("psnr_noisy", "psnr", "ssim", "psnr_class", "accuracy")
+
+
+def check_scores(report: Any) -> None:
+    """ValueError unless a report is what ``cdnctl evaluate --json`` prints."""
+    try:
+        report["protocol"]["seed"]
+        values = [
+            row.get(key) for row in report["scores"] for key in ("sigma", "pictures", *_SCORES)
+        ]
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError("no protocol or no scores") from None
+    if not values:
+        raise ValueError("no scores")
+    if not all(v is None or isinstance(v, int | float) for v in values):
+        raise ValueError("scores that are no numbers")
+
+
 def export(source: Path, target: Path, scores: Mapping[str, Any], half: bool = False) -> None:
     """Copy a weights file with scores in its header, and write its card beside it (.md).
 
@@ -216,18 +233,23 @@ def export(source: Path, target: Path, scores: Mapping[str, Any], half: bool = F
 def card(path: Path) -> str:
     """Model card in the form of the Hugging Face hub, made of the header alone."""
     header, state = _open(path)
+    for data, report in header.scores.items():
+        try:
+            check_scores(report)
+        except ValueError as error:
+            raise WeightsError(f"{str(path)!r} has damaged scores of {data!r}: {error}") from None
     config = header.training.get("config", {})
-    low, high = (round(s * 255, 1) for s in header.sigma_range)
+    low, high = header.sigma_range
     count = sum(v.numel() for v in state.values())
     results = [
         {
             "task": {"type": "image-to-image", "name": "Gaussian denoising"},
             "dataset": {"name": data, "type": "image-folder"},
             "metrics": [
-                {"type": kind, "name": f"{kind}, sigma {row['sigma']:g}", "value": round(value, 4)}
+                {"type": kind, "name": f"{kind}, sigma {_level(row)}", "value": round(row[kind], 4)}
                 for row in report["scores"]
-                for kind, value in row.items()
-                if kind not in ("sigma", "pictures") and value is not None
+                for kind in _SCORES
+                if row.get(kind) is not None
             ],
         }
         for data, report in header.scores.items()
@@ -249,7 +271,8 @@ def card(path: Path) -> str:
         f"- architecture: `{header.arch}`, {count / 1e6:.2f} million parameters, "
         f"`{json.dumps(dict(header.model))}`",
         f"- classes: {', '.join(header.classes)}",
-        f"- noise levels seen: {low:g} to {high:g} of 255; crops of {header.patch} pixels",
+        f"- noise levels seen: {low:.3g} to {high:.3g}, for pixels in [0, 1]; "
+        f"crops of {header.patch} pixels",
         f"- training data: {header.data}",
         f"- budget: {header.training.get('steps', 0)} steps, "
         f"{header.training.get('pictures', 0)} pictures, "
@@ -260,28 +283,33 @@ def card(path: Path) -> str:
         "## Scores",
         "",
         "PSNR in dB and SSIM: mean over pictures; Gaussian noise from a fixed seed, not clipped; "
-        "output clipped. 'class told': denoised given the true class.",
+        "output clipped. sigma: on the 0..255 scale. "
+        "'class told': denoised given the true class.",
     ]
     for data, report in header.scores.items():
         lines += [
             "",
-            f"{data} ({report['scores'][0]['pictures']} pictures, seed "
+            f"{data} ({report['scores'][0].get('pictures')} pictures, seed "
             f"{report['protocol']['seed']}):",
             "",
             "| sigma | PSNR | SSIM | PSNR, class told | accuracy |",
             "|---|---|---|---|---|",
         ]
         for row in report["scores"]:
-            cells = [f"{row['sigma']:g}"]
+            cells = [_level(row)]
             for kind, form in (
                 ("psnr", ".2f"),
                 ("ssim", ".4f"),
                 ("psnr_class", ".2f"),
                 ("accuracy", ".1%"),
             ):
-                cells.append("-" if row[kind] is None else format(row[kind], form))
+                cells.append("-" if row.get(kind) is None else format(row[kind], form))
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _level(row: Mapping[str, Any]) -> str:
+    return "as given" if row.get("sigma") is None else f"{row['sigma']:g}"
 
 
 def weights_folder() -> Path:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from cdnctl.api import Model, load
-from cdnctl.checkpoints import bundled, read_header
+from cdnctl.checkpoints import Header, bundled, read_header
 from cdnctl.errors import UnknownClassError, WeightsError
 
 AUTO = "auto"
@@ -30,11 +31,15 @@ class Models:
         if name != AUTO:
             self.pick(1, 1).weights(dict.fromkeys(self.classes, 1.0) or None)
 
+    @cached_property
+    def _headers(self) -> dict[str, Header]:
+        return {name: read_header(path) for name, path in bundled().items()}
+
     def pick(self, height: int, width: int) -> Model:
         """The model for a picture of this size. WeightsError if there is none."""
         if self.name != AUTO:
             return self._load(self.name)
-        headers = {name: read_header(path) for name, path in bundled().items()}
+        headers = self._headers
         if not headers:
             raise WeightsError(
                 "no bundled weights were found: give --model FILE, or install cdnctl again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ import typer
 
 from cdnctl.cli import bench, classify, denoise, evaluate, models, train
 from cdnctl.cli.common import report_error
-from cdnctl.errors import CdnctlError
+from cdnctl.errors import CdnctlError, SetupError
 from cdnctl.version import VERSION
 
 app = typer.Typer(
@@ -52,6 +53,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except CdnctlError as error:
@@ -64,3 +67,6 @@ def main() -> None:
         # The reader of our output has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        report_error(str(error))
+        sys.exit(SetupError.exit_code)

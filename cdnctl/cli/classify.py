@@ -105,9 +105,11 @@ def explain(
     torch_device = start_torch(device, threads)
     from cdnctl import images
     from cdnctl.analysis.evidence import evidence, overlay
-    from cdnctl.restore import estimate_sigma
+    from cdnctl.restore import estimate_sigma, same_file
     from cdnctl.selection import Models
 
+    if same_file(source, output):
+        raise UsageError(f"{str(source)!r} would overwrite itself: choose another output")
     label = None if target == "auto" else target
     models = Models(model, torch_device, [] if label is None else [label])
     image = images.read(source)

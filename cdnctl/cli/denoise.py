@@ -98,15 +98,15 @@ def denoise(
     models = Models(model, torch_device, class_names(wanted))
     printer = Printer(models, sigma == "auto", as_json, quiet)
     if STDIO in inputs or output == STDIO:
+        if uncertainty is not None:
+            raise UsageError("--uncertainty works with files, not with -")
         _pipe(inputs, output, models, settings, strip_metadata, overwrite, printer)
         return
 
     jobs = plan(inputs, output, recursive)
-    if uncertainty is not None and len(jobs) != 1:
-        raise UsageError(f"--uncertainty takes one picture, not {len(jobs)}")
+    if uncertainty is not None:
+        _check_uncertainty(uncertainty, jobs, overwrite)
     existing = [job for job in jobs if job.output.exists()]
-    if uncertainty is not None and uncertainty.exists() and not overwrite:
-        raise UsageError(f"{str(uncertainty)!r} exists: give --overwrite to replace it")
     if existing and skip_existing:
         jobs = [job for job in jobs if job not in existing]
     elif existing and not overwrite:
@@ -117,7 +117,7 @@ def denoise(
         )
     results = run(jobs, models, settings, strip_metadata=strip_metadata)
     failed = _report(results, len(jobs), printer)
-    if uncertainty is not None and not failed:
+    if uncertainty is not None and jobs and not failed:
         _write_uncertainty(jobs[0], uncertainty, models, settings)
     if failed:
         raise typer.Exit(1)
@@ -174,6 +174,20 @@ def _pipe(
         sys.stdout.buffer.write(images.encode(result, suffix))
         sys.stdout.buffer.flush()
     printer.result(source, output, restored)
+
+
+def _check_uncertainty(path: Path, jobs: list[Job], overwrite: bool) -> None:
+    from cdnctl.images import WRITE_SUFFIXES
+    from cdnctl.restore import same_file
+
+    if len(jobs) != 1:
+        raise UsageError(f"--uncertainty takes one picture, not {len(jobs)}")
+    if same_file(path, jobs[0].source) or same_file(path, jobs[0].output):
+        raise UsageError(f"--uncertainty {str(path)!r} is the picture itself or its output")
+    if path.suffix.lower() not in WRITE_SUFFIXES:
+        raise UsageError(f"--uncertainty {str(path)!r} must be a .png or a .tif file")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{str(path)!r} exists: give --overwrite to replace it")
 
 
 def _write_uncertainty(job: Job, path: Path, models: Models, settings: Settings) -> None:

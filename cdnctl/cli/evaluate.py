@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +25,7 @@ from cdnctl.cli.common import (
     report_error,
     start_torch,
 )
-from cdnctl.errors import UsageError
+from cdnctl.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
     from cdnctl.evaluate import Row, Summary
@@ -63,14 +64,12 @@ def evaluate(
     """
     levels = parse_sigmas(sigma)
     torch_device = start_torch(device, threads)
-    from cdnctl import images
     from cdnctl.evaluate import evaluate, find_samples, summarise
     from cdnctl.restore import expand
     from cdnctl.selection import Models
 
     models = Models(model, torch_device)
-    first = images.read(expand([folder], recursive=True)[0])
-    chosen = models.pick(*first.pixels.shape[:2])
+    chosen = models.pick(*_first_size(expand([folder], recursive=True)))
     samples = find_samples(folder, noisy, chosen)
     if limit is not None and limit < len(samples):
         samples = [samples[i * len(samples) // limit] for i in range(limit)]
@@ -102,6 +101,17 @@ def evaluate(
             print(", ".join(f"{k} {v}" for k, v in protocol.items()))
     if any(row.error for row in rows):
         raise typer.Exit(1)
+
+
+def _first_size(files: Sequence[Path]) -> tuple[int, int]:
+    """Height and width of the first picture that can be read."""
+    from cdnctl import images
+
+    for path in files:
+        with suppress(ImageError):
+            pixels = images.read(path).pixels
+            return pixels.shape[0], pixels.shape[1]
+    return 1, 1
 
 
 def _scaled(item: Row | Summary) -> dict[str, object]:

@@ -66,8 +66,11 @@ def export(
     half: Annotated[bool, typer.Option("--half", help="Store float16.")] = False,
 ) -> None:
     """Copy trained weights with scores in their header, and write their card."""
+    from cdnctl.checkpoints import SUFFIX, check_scores
     from cdnctl.checkpoints import export as export_weights
 
+    if target.suffix != SUFFIX:
+        raise UsageError(f"{str(target)!r} must end in {SUFFIX}")
     reports = {}
     for item in scores or []:
         name, equals, file = item.partition("=")
@@ -75,8 +78,8 @@ def export(
             raise UsageError(f"--scores {item!r} is not NAME=FILE")
         try:
             reports[name] = json.loads(Path(file).read_text(encoding="utf-8"))
-            reports[name]["scores"], reports[name]["protocol"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            check_scores(reports[name])
+        except (OSError, ValueError) as error:
             raise UsageError(
                 f"{file!r} does not hold what 'cdnctl evaluate --json' prints ({error})"
             ) from None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cdnctl.cli.common import Device, Quiet, Threads, start_torch, stderr, stop_on_signal
-from cdnctl.errors import UsageError
+from cdnctl.errors import CdnctlError, UsageError
 
 if TYPE_CHECKING:
     from cdnctl.training.loop import Progress
@@ -66,19 +66,25 @@ def train(
         _watcher(shown=rank == 0 and not quiet) as watch,
     ):
         parsed = None if config is None else load(_bundled().get(config, Path(config)))
+        start = None if init_from is None else load_model(init_from).path
         folder = resume or shared_path(lambda: new_run_folder(runs))
         if rank == 0 and not quiet:
             stderr().print(f"run folder: {folder}", markup=False)
-        outcome = train(
-            folder,
-            config=parsed,
-            datasets=datasets or (),
-            init_from=None if init_from is None else load_model(init_from).path,
-            device=torch_device,
-            max_seconds=max_seconds,
-            should_stop=stop.is_set,
-            watch=watch,
-        )
+        try:
+            outcome = train(
+                folder,
+                config=parsed,
+                datasets=datasets or (),
+                init_from=start,
+                device=torch_device,
+                max_seconds=max_seconds,
+                should_stop=stop.is_set,
+                watch=watch,
+            )
+        except CdnctlError:
+            with suppress(OSError):
+                folder.rmdir()  # if it is empty: a run that never began
+            raise
         if rank == 0:
             if not outcome.finished and not quiet:
                 stderr().print(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any
 
 from cdnctl.errors import ConfigError
+from cdnctl.fields import build
 from cdnctl.models import architecture
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,37 +87,6 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict with every default written out, ready for JSON."""
         return asdict(self)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    inner = get_args(hint)  # of a tuple: (type, ...) or one type per entry
-    return (
-        isinstance(value, list | tuple)
-        and (inner[-1] is ... or len(value) == len(inner))
-        and all(_fits(v, inner[0]) for v in value)
-    )
-
-
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A frozen dataclass from a mapping; an unknown key or a wrong type is a ConfigError."""
-    hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"unknown key {key!r} in {where}; known keys: {', '.join(known)}")
-        if not _fits(value, hints[key]):
-            raise ConfigError(f"{where}.{key} is {value!r}, but must be of type {hints[key]}")
-    clean = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    try:
-        return cls(**clean)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
 
 
 def parse(raw: Mapping[str, Any]) -> TrainConfig:

@@ -1,0 +1,740 @@
+"""The command line: exit codes, messages, and files that are whole or not there at all."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.ImageCms
+import pytest
+import torch
+from tiny import CLASSES, noisy_picture, picture, save_tiny
+
+from cdnctl import checkpoints, images
+from cdnctl.checkpoints import load_model, read_header, save_model
+from cdnctl.cli import main
+from cdnctl.images import Image, Metadata
+from cdnctl.training.loop import STATE, read_run
+
+COMMAND = Path(sys.executable).with_name("cdnctl")
+NAMES = ["a b.png", "ä ö ü.jpg", "x[1] {y}.tif", "[bold]日本[/bold].png", "sub/'q\"uote.PNG"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: bytes
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out.decode()
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Standard output as JSON, one object a line."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+def checked(result: Result, folder: Path) -> Result:
+    """What holds for every command, however it ends."""
+    assert "Traceback" not in result.err, result.err
+    assert not list(folder.rglob("*.tmp")), "half a file was left"
+    if result.code == 2:
+        assert result.err.strip()
+    return result
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def cdnctl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> Iterator[Run]:
+    """The command in this process: cdnctl("denoise", path, ..., stdin=b"")."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "argv", ["cdnctl", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfdbinary.readouterr()
+        return checked(Result(stop.value.code or 0, out, err.decode()), tmp_path)  # type: ignore[arg-type]
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Run:
+    """The command as users start it."""
+
+    def run(*args: object, stdin: bytes = b"") -> Result:
+        done = subprocess.run(
+            [COMMAND, *map(os.fsencode, map(str, args))],
+            input=stdin,
+            capture_output=True,
+            cwd=tmp_path,
+            timeout=300,
+        )
+        return checked(Result(done.returncode, done.stdout, done.stderr.decode()), tmp_path)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Bundled weights of this test alone."""
+    save_tiny(tmp_path / "weights" / "random.safetensors")
+    monkeypatch.setattr(checkpoints, "PACKAGE", tmp_path)
+    return tmp_path / "weights"
+
+
+def write(path: Path, pixels: np.ndarray | None = None, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images.write(Image(noisy_picture(20, 24) if pixels is None else pixels, **options), path)
+    return path
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Hash of every file, hidden ones too."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+# -- denoise: files and folders -------------------------------------------------------------
+
+
+def test_a_folder_with_a_bad_file(tmp_path: Path, real: Run, weights: Path) -> None:
+    source, out = tmp_path / "in put", tmp_path / "out"
+    for name in NAMES:
+        write(source / name)
+    (source / "broken [1].png").write_text("this is text")
+    before = files(source)
+    done = real("denoise", source, "-o", out, "-r", "--model", weights, "--json", "--sigma", "50")
+    assert done.code == 1
+    assert files(source) == before
+    assert files(out).keys() == set(NAMES)
+    good = {r["output"]: r for r in done.records if "error" not in r}
+    (bad,) = [r for r in done.records if "error" in r]
+    assert good.keys() == {str(out / n) for n in NAMES}
+    for record in good.values():
+        assert record["sigma"] == 50 and record["sigma_estimated"] is False
+        assert sum(record["posterior"].values()) == pytest.approx(1, abs=1e-4)
+        assert record["model"] == "tiny" and len(record["weights"]) == 16
+    assert "broken [1].png" in bad["error"] and "broken [1].png" in done.err
+    assert "1 of 6" in done.err
+
+
+def test_one_file_goes_beside_itself(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    for name in NAMES:
+        source = write(tmp_path / name)
+        before = source.read_bytes()
+        done = cdnctl("denoise", source, "--model", weights)
+        output = source.with_name(f"{source.stem}_denoised{source.suffix}")
+        assert done.code == 0 and str(output) in done.text and "estimated" in done.text
+        assert images.read(output).pixels.shape == (20, 24, 3)
+        assert source.read_bytes() == before
+        assert not cdnctl("denoise", source, "--model", weights, "-q", "--overwrite").out
+
+
+def test_pipes_give_what_files_give(tmp_path: Path, cdnctl: Run, real: Run, weights: Path) -> None:
+    write(tmp_path / "a.png", metadata=Metadata(xmp=b"<note/>", dpi=(72, 72)))
+    data = (tmp_path / "a.png").read_bytes()
+    options = ("--model", weights, "--class", "dog", "--sigma", "25")
+    assert cdnctl("denoise", "a.png", "-o", "by_file.png", *options).code == 0
+    expected = (tmp_path / "by_file.png").read_bytes()
+
+    assert real("denoise", "-", "-o", "piped.png", *options, stdin=data).code == 0
+    assert (tmp_path / "piped.png").read_bytes() == expected
+    out = real("denoise", "a.png", "-o", "-", *options)
+    assert out.code == 0 and out.out == expected and "sigma 25" in out.err
+    both = cdnctl("denoise", "-", "-o", "-", "-q", *options, stdin=data)
+    assert both.code == 0 and both.out == expected and not both.err
+    plain = cdnctl("denoise", "-", "-o", "-", "--strip-metadata", *options, stdin=data)
+    assert images.read(io.BytesIO(plain.out)).metadata == Metadata()
+
+
+def test_a_pipe_keeps_the_format(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "a.jpg")
+    done = cdnctl("denoise", "a.jpg", "-o", "-", "--json", "--model", weights)
+    assert done.out[:2] == b"\xff\xd8" and json.loads(done.err)["output"] == "-"
+
+
+@pytest.mark.parametrize("content", [b"", b"this is text", b"\x89PNG\r\n\x1a\n\0\0"])
+def test_bad_input_through_a_pipe(
+    cdnctl: Run, weights: Path, tmp_path: Path, content: bytes
+) -> None:
+    done = cdnctl("denoise", "-", "-o", "out.png", "--model", weights, stdin=content)
+    assert done.code == 1 and "standard input" in done.err
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    "args", [("-",), ("-", "a.png", "-o", "x.png"), ("a.png", "b.png", "-o", "-"), ("-", "-")]
+)
+def test_pipes_take_one_picture(tmp_path: Path, cdnctl: Run, weights: Path, args: Any) -> None:
+    for name in ("a.png", "b.png"):
+        write(tmp_path / name)
+    assert cdnctl("denoise", *args, "--model", weights).code == 2
+    assert files(tmp_path).keys() == {"a.png", "b.png"}
+
+
+def test_what_exists_is_left_alone(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a.png", "b.png"):
+        write(source / name)
+    out.mkdir()
+    (out / "b.png").write_text("mine")
+    command = ("denoise", source, "-o", out, "--model", weights)
+
+    refused = cdnctl(*command)
+    assert refused.code == 2 and "b.png" in refused.err and "--overwrite" in refused.err
+    assert os.listdir(out) == ["b.png"] and (out / "b.png").read_text() == "mine"
+    assert cdnctl(*command, "--overwrite", "--skip-existing").code == 2
+    assert cdnctl(*command, "--skip-existing").code == 0
+    assert files(out).keys() == {"a.png", "b.png"} and (out / "b.png").read_text() == "mine"
+    first = (out / "a.png").read_bytes()
+    assert cdnctl(*command, "--overwrite").code == 0
+    assert (out / "b.png").read_bytes()[1:4] == b"PNG" and (out / "a.png").read_bytes() == first
+    assert cdnctl(*command, "--skip-existing").code == 0  # nothing is left to do
+    assert cdnctl("denoise", "-", "-o", out / "a.png", "--model", weights).code == 2
+
+
+def test_the_originals_are_never_touched(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    """Whatever is permitted."""
+    for name in ("a.png", "a_denoised.png"):
+        write(tmp_path / name)
+    before = files(tmp_path)
+    force = ("--overwrite", "--model", weights)
+    assert cdnctl("denoise", "a.png", "-o", "a.png", *force).code == 2
+    assert cdnctl("denoise", ".", "-o", ".", *force).code == 2
+    assert cdnctl("denoise", "a.png", "a_denoised.png", *force).code == 2
+    assert cdnctl("denoise", "a.png", "-o", "b.png", "--uncertainty", "a.png", *force).code == 2
+    assert cdnctl("explain", "a.png", "-o", "./a.png", *force).code == 2
+    assert files(tmp_path) == before
+
+
+def test_awkward_pictures(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "in" / "dot.png", noisy_picture(1, 1))
+    write(tmp_path / "in" / "gray dot.png", noisy_picture(1, 1, 1))
+    write(tmp_path / "in" / "line.png", noisy_picture(1, 50))
+    write(tmp_path / "in" / "gray.png", noisy_picture(20, 24, 1))
+    write(tmp_path / "in" / "flat.png", np.full((16, 16, 3), 0.5, np.float32))
+    write(tmp_path / "in" / "deep.tif", dtype=np.dtype(np.float32))
+    done = cdnctl("denoise", "in", "-o", "out", "--model", weights)
+    assert done.code == 0 and not done.err
+    for file in (tmp_path / "in").iterdir():
+        source, result = images.read(file), images.read(tmp_path / "out" / file.name)
+        assert result.pixels.shape == source.pixels.shape and result.dtype == source.dtype
+
+
+def test_16_bit_rgba_with_icc(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    icc = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
+    alpha = np.random.default_rng(0).integers(0, 2**16, (20, 24), np.uint16)
+    write(tmp_path / "a.png", dtype=np.dtype(np.uint16), alpha=alpha, metadata=Metadata(icc=icc))
+    assert cdnctl("denoise", "a.png", "--model", weights, "--sigma", "50").code == 0
+    before, after = (images.read(tmp_path / n) for n in ("a.png", "a_denoised.png"))
+    assert after.dtype == np.uint16 and after.metadata.icc == icc
+    np.testing.assert_array_equal(after.alpha, alpha)
+    assert np.abs(after.pixels - before.pixels).max() > 0.01
+    low_bytes = np.rint(after.pixels * 65535).astype(np.uint16) % 257
+    assert len(np.unique(low_bytes)) > 100, "16 bits, not 8 in disguise"
+
+
+def test_outputs_that_cannot_be_written(
+    tmp_path: Path, cdnctl: Run, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b.png"):
+        write(tmp_path / "in" / name)
+    (tmp_path / "file").touch()
+    before = files(tmp_path)
+    options = ("--model", weights)
+    assert cdnctl("denoise", "in", "-o", "file", *options).code == 1
+    assert cdnctl("denoise", "in/a.png", "-o", "file/deep/a.png", *options).code == 1
+    assert cdnctl("explain", "in/a.png", "-o", "file/a.png", *options).code == 1
+    assert cdnctl("evaluate", "in", "--csv", "file/a.csv", *options).code == 2
+    assert cdnctl("models", "export", weights, "file/m.safetensors").code == 3
+    assert cdnctl("denoise", "in/a.png", "-o", "a.xyz", *options).code == 2
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        done = cdnctl("denoise", "in", "-o", "out", *options)
+    assert done.code == 1 and "no space left" in done.err and "2 of 2" in done.err
+    assert files(tmp_path) == before
+
+
+def test_file_names_need_not_be_unicode(tmp_path: Path, real: Run, weights: Path) -> None:
+    name = os.fsdecode(b"caf\xe9 \xff.png")
+    data = write(tmp_path / "a.png").read_bytes()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(data)
+    (tmp_path / "in" / f"broken {name}").touch()
+    done = real("denoise", "in", "-o", "out", "--json", "--model", weights)
+    assert done.code == 1
+    assert {r["input"] for r in done.records} == {f"in/{name}", f"in/broken {name}"}
+    assert files(tmp_path / "out").keys() == {name}
+
+
+# -- denoise: options -----------------------------------------------------------------------
+
+
+def test_sigma_looks_like_the_other_unit(tmp_path: Path, real: Run) -> None:
+    write(tmp_path / "a.png")
+    done = real("denoise", "a.png", "--sigma", "0.2")
+    assert done.code == 2 and "did you mean --sigma 51" in done.err
+    assert files(tmp_path).keys() == {"a.png"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--sigma", "256"),
+        ("--sigma", "-1"),
+        ("--sigma", "nan"),
+        ("--sigma", "loud"),
+        ("--class", "cat:much"),
+        ("--class", ""),
+        ("--class", "cat:-1"),
+        ("--class", "cat:0"),
+        ("--class", "cat:0.5,zebra:0.5"),
+        ("--strength", "1.5"),
+        ("--strength", "nan"),
+        ("--guidance", "inf"),
+        ("--tile", "0"),
+        ("--tile", "[/b]"),
+        ("--threads", "0"),
+        ("--device", "toaster"),
+        ("--device", "cpu:1"),
+        ("--uncertainty", "u.xyz"),
+        ("--nonsense",),
+        ("missing.png",),
+    ],
+)
+def test_wrong_values(tmp_path: Path, cdnctl: Run, weights: Path, args: tuple[str, ...]) -> None:
+    write(tmp_path / "a.png")
+    assert cdnctl("denoise", "a.png", "--model", weights, *args).code == 2
+    assert files(tmp_path).keys() == {"a.png"}
+
+
+def test_unknown_class_names_the_near_ones(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "a.png")
+    for command in (("denoise",), ("explain", "-o", "b.png")):
+        done = cdnctl(*command, "a.png", "--class", "dogs", "--model", weights)
+        assert done.code == 2 and "did you mean 'dog'" in done.err
+
+
+def test_unknown_model(tmp_path: Path, real: Run) -> None:
+    write(tmp_path / "a.png")
+    done = real("denoise", "a.png", "--model", "nonesuch")
+    assert done.code == 3 and "'nonesuch'" in done.err
+    assert files(tmp_path).keys() == {"a.png"}
+
+
+def test_damaged_weights(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "a.png")
+    (tmp_path / "half.safetensors").write_bytes(weights.read_bytes()[:5000])
+    for args in (("denoise", "a.png", "--model"), ("models", "show")):
+        assert cdnctl(*args, "half.safetensors").code == 3
+    assert files(tmp_path).keys() == {"a.png", "half.safetensors"}
+
+
+def test_a_device_that_is_not_there(
+    tmp_path: Path, cdnctl: Run, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.png")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:7"):
+        done = cdnctl("denoise", "a.png", "--model", weights, "--device", device)
+        assert done.code == 3 and f"'{device}'" in done.err
+    assert files(tmp_path).keys() == {"a.png"}
+
+
+def test_options_reach_the_pixels(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    """Each changes the result, but for the neutral ones."""
+    write(tmp_path / "a.tif", dtype=np.dtype(np.float32))
+
+    def result(*args: str) -> np.ndarray:
+        done = cdnctl("denoise", "a.tif", "--model", weights, "--overwrite", "--sigma=50", *args)
+        assert done.code == 0
+        return images.read(tmp_path / "a_denoised.tif").pixels
+
+    plain, given = result(), images.read(tmp_path / "a.tif").pixels
+    np.testing.assert_array_equal(result("--strength", "0"), given)
+    np.testing.assert_allclose(result("--strength", "0.5"), (plain + given) / 2, atol=1e-6)
+    np.testing.assert_allclose(result("--class", "dog", "--guidance", "0"), plain, atol=1e-6)
+    for args in (("--class", "dog"), ("--class=cat:1,dog:2",), ("--sigma", "40")):
+        assert np.abs(result(*args) - plain).max() > 1e-4
+
+
+def test_noise_beyond_training_is_told(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    """The model was trained up to 0.4, which is 102 on this scale; gray counts more."""
+    write(tmp_path / "gray.png", noisy_picture(20, 24, 1))
+    write(tmp_path / "rgb.png")
+    options = ("--model", weights, "--overwrite", "--sigma")
+    assert "outside" in cdnctl("denoise", "rgb.png", *options, "110").err
+    assert not cdnctl("denoise", "rgb.png", *options, "100").err
+    assert "sqrt(3)" in cdnctl("denoise", "gray.png", *options, "100").err
+    assert not cdnctl("denoise", "gray.png", *options, "50").err
+
+
+def test_uncertainty(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "a.png")
+    command = ("denoise", "a.png", "--model", weights, "--sigma", "51", "--uncertainty")
+    assert cdnctl(*command, "u.tif").code == 0
+    std = images.read(tmp_path / "u.tif")
+    assert std.pixels.shape == (20, 24, 1) and std.dtype == np.float32
+    assert std.pixels.min() >= 0 and 0 < std.pixels.max() < 1
+    assert cdnctl(*command, "u.png", "--overwrite").code == 0
+    fraction = images.read(tmp_path / "u.png")
+    assert fraction.dtype == np.uint16
+    np.testing.assert_allclose(fraction.pixels, np.clip(std.pixels / 0.2, 0, 1), atol=1e-4)
+
+    before = files(tmp_path)
+    assert cdnctl(*command, "u.tif").code == 2
+    assert cdnctl(*command, "v.tif", "--skip-existing").code == 0
+    assert cdnctl(*command, "a_denoised.png", "--overwrite").code == 2
+    assert cdnctl(*command, "v.tif", "-o", "-").code == 2
+    assert cdnctl(*command, "v.tif", "u.png", "-o", "out").code == 2
+    assert files(tmp_path) == before
+
+
+# -- signals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["interrupt", "terminate"]
+)
+def test_stopped_in_a_folder(tmp_path: Path, weights: Path, number: int, code: int) -> None:
+    first = write(tmp_path / "in" / "000.png", noisy_picture(200, 300))
+    for i in range(1, 300):
+        shutil.copy(first, first.with_name(f"{i:03}.png"))
+    command = [COMMAND, "denoise", "in", "-o", "out", "--model", weights, "--sigma", "50", "--json"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout and json.loads(process.stdout.readline())
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    checked(Result(process.returncode, out.encode(), err), tmp_path)
+    assert process.returncode == code
+    done = files(tmp_path / "out")
+    assert 1 <= len(done) < 300 and len(set(done.values())) == 1, "every file is whole"
+
+
+def test_nobody_reads(tmp_path: Path, weights: Path) -> None:
+    for i in range(3):
+        write(tmp_path / "in" / f"{i}.png")
+    read, end = os.pipe()
+    os.close(read)
+    process = subprocess.run(
+        [COMMAND, "classify", "in", "--model", weights],
+        cwd=tmp_path,
+        stdout=end,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(end)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+
+
+# -- classify, explain, evaluate ------------------------------------------------------------
+
+
+def test_classify(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    for name in NAMES:
+        write(tmp_path / "in" / name)
+    (tmp_path / "in" / "broken.png").touch()
+    command = ("classify", "in", "-r", "--model", weights, "--sigma", "25")
+    done = cdnctl(*command, "--json", "--top", "2")
+    assert done.code == 1
+    good = [r for r in done.records if "error" not in r]
+    assert {r["input"] for r in good} == {f"in/{n}" for n in NAMES}
+    for record in good:
+        values = list(record["classes"].values())
+        assert len(values) == 2 and 1 >= values[0] >= values[1] and record["sigma"] == 25
+    (bad,) = [r for r in done.records if "error" in r]
+    assert "empty" in bad["error"]
+    plain = cdnctl(*command)
+    assert plain.code == 1 and "broken.png" in plain.err
+    assert all(any(c in line for c in CLASSES) for line in plain.text.splitlines())
+    assert cdnctl("classify", "nothing", "--model", weights).code == 2
+
+
+def test_explain(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "a.png")
+    command = ("explain", "a.png", "-o", "why.png", "--model", weights)
+    done = cdnctl(*command, "--class", "café crème")
+    assert done.code == 0 and "café crème" in done.text
+    assert images.read(tmp_path / "why.png").pixels.shape == (20, 24, 3)
+    assert cdnctl(*command).code == 2
+    assert cdnctl(*command, "--overwrite").code == 0
+    (tmp_path / "text.png").write_text("text")
+    assert cdnctl("explain", "text.png", "-o", "no.png", "--model", weights).code == 1
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_evaluate(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    for i, name in enumerate(CLASSES):
+        write(tmp_path / "in" / name / "1.png", picture(20, 24, top=30 * i))
+    command = ("evaluate", "in", "--sigma", "15,50", "--model", weights)
+    done = cdnctl(*command, "--json", "--csv", "rows.csv")
+    assert done.code == 0
+    (report,) = done.records
+    assert [s["sigma"] for s in report["scores"]] == [15, 50]
+    assert all(s["pictures"] == 3 and s["psnr"] > 0 for s in report["scores"])
+    assert report["protocol"]["seed"] == 0 and len(report["protocol"]["weights"]) == 16
+    with (tmp_path / "rows.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and {r["label"] for r in rows} == set(CLASSES)
+    for score in report["scores"]:
+        psnrs = [float(r["psnr"]) for r in rows if float(r["sigma"]) == score["sigma"]]
+        assert np.mean(psnrs) == pytest.approx(score["psnr"])
+
+    (tmp_path / "in" / min(CLASSES) / "0.png").write_text("text")  # now the first of all
+    worse = cdnctl(*command, "--json")
+    assert worse.code == 1 and "0.png" in worse.err
+    assert worse.records[0]["scores"] == report["scores"]
+    table = cdnctl(*command)
+    assert table.code == 1 and "PSNR" in table.text and "accuracy" in table.text
+    assert cdnctl(*command, "--limit", "2", "--csv", "few.csv").code in (0, 1)
+    with (tmp_path / "few.csv").open(encoding="utf-8", newline="") as file:
+        few = [row for row in csv.DictReader(file) if not row["error"]]
+    assert few and all(row in rows for row in few), "a limit changes no score"
+
+
+@pytest.mark.parametrize("args", [("--sigma", "auto"), ("--sigma", ""), ("--noisy", "nowhere")])
+def test_evaluate_refuses(tmp_path: Path, cdnctl: Run, weights: Path, args: Any) -> None:
+    write(tmp_path / "in" / "a.png")
+    assert cdnctl("evaluate", "in", "--model", weights, *args).code == 2
+
+
+# -- models and doctor ----------------------------------------------------------------------
+
+
+def test_models(cdnctl: Run, shelf: Path) -> None:
+    assert "random" in cdnctl("models").text
+    (record,) = cdnctl("models", "--json").records
+    assert record == {"name": "random", "classes": list(CLASSES), "arch": "gradresnet"}
+    by_name = cdnctl("models", "show", "random")
+    assert by_name.code == 0 and "# random" in by_name.text and "café crème" in by_name.text
+    assert cdnctl("models", "show", shelf / "random.safetensors").out == by_name.out
+    assert cdnctl("models", "show", "nonesuch").code == 3
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_export_with_scores(tmp_path: Path, cdnctl: Run, weights: Path, given: bool) -> None:
+    """What evaluate prints can be exported, added noise or given."""
+    write(tmp_path / "in" / "a.png", picture(20, 24))
+    write(tmp_path / "noisy" / "a.png")
+    pair = ("--noisy", "noisy") if given else ("--sigma", "15,50")
+    report = cdnctl("evaluate", "in", *pair, "--json", "--model", weights)
+    (tmp_path / "scores.json").write_bytes(report.out)
+    done = cdnctl("models", "export", weights, "out/m.safetensors", "--scores", "toy=scores.json")
+    assert done.code == 0 and files(tmp_path / "out").keys() == {"m.safetensors", "m.md"}
+    assert read_header(tmp_path / "out/m.safetensors").scores == {"toy": report.records[0]}
+    shown = cdnctl("models", "show", "out/m.safetensors").text
+    psnr = report.records[0]["scores"][0]["psnr"]
+    assert shown == (tmp_path / "out/m.md").read_text("utf-8") and f"{psnr:.2f}" in shown
+    half = cdnctl("models", "export", weights, "out/half.safetensors", "--half")
+    assert half.code == 0
+    sizes = [(tmp_path / "out" / f"{n}.safetensors").stat().st_size for n in ("half", "m")]
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"scores": [], "protocol": {"seed": 0}}',
+                '{"scores": [{"psnr": "high"}], "protocol": {"seed": 0}}', None]
+)  # fmt: skip
+def test_export_refuses_other_scores(
+    tmp_path: Path, cdnctl: Run, weights: Path, content: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / "s.json").write_text(content)
+    assert cdnctl("models", "export", weights, "m.safetensors", "--scores", "x=s.json").code == 2
+    assert files(tmp_path).keys() <= {"s.json"}
+
+
+def test_export_refuses_other_names_and_sources(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    assert cdnctl("models", "export", weights, "m.md").code == 2
+    assert cdnctl("models", "export", weights, "m.safetensors", "--scores", "x").code == 2
+    assert cdnctl("models", "export", "none.safetensors", "m.safetensors").code == 3
+    assert not files(tmp_path)
+
+
+def test_show_damaged_scores(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    module, header = load_model(weights)
+    odd = {"psnr": 31.5}
+    header = type(header)(**{**vars(header), "scores": odd})
+    save_model(tmp_path / "odd.safetensors", module.state_dict(), header)
+    done = cdnctl("models", "show", "odd.safetensors")
+    assert done.code == 3 and "'psnr'" in done.err
+
+
+def test_doctor(real: Run) -> None:
+    """On the weights of the repository: they improve a noisy picture."""
+    done = real("doctor", "--device", "cpu")
+    assert done.code == 0, done.text
+    assert "all is well" in done.text and "torch" in done.text
+
+
+def test_doctor_finds_what_is_wrong(cdnctl: Run, shelf: Path) -> None:
+    useless = cdnctl("doctor", "--device", "cpu")
+    assert useless.code == 3 and "DOES NOT WORK" in useless.text
+    (shelf / "random.safetensors").write_bytes(b"damaged")
+    assert cdnctl("doctor", "--device", "cpu").code == 3
+    (shelf / "random.safetensors").unlink()
+    assert cdnctl("doctor", "--device", "cpu").code == 3
+
+
+# -- train ----------------------------------------------------------------------------------
+
+CONFIG = """
+name = "toy"
+[model]
+widths = [8]
+blocks = [1]
+unshuffle = 2
+norm = "pixel"
+head = 8
+[data]
+patch = 16
+batch = 2
+holdout = 0
+[optim]
+steps = {steps}
+warmup = 2
+[run]
+precision = "float32"
+log_every = 1
+"""
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    for i, name in enumerate(CLASSES):
+        write(tmp_path / "data" / name / "1.png", picture(20, 24, top=30 * i))
+    (tmp_path / "toy.toml").write_text(CONFIG.format(steps=6))
+    (tmp_path / "long.toml").write_text(CONFIG.format(steps=1_000_000))
+    return tmp_path / "data"
+
+
+def steps(run: Path) -> list[int]:
+    """Of results.csv."""
+    with (run / "results.csv").open(encoding="utf-8", newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+def test_train_stop_and_resume(tmp_path: Path, cdnctl: Run, dataset: Path) -> None:
+    train = ("train", dataset, "--config", "toy.toml", "--device", "cpu")
+    stopped = cdnctl(*train, "--max-seconds", "0")
+    run = tmp_path / "runs" / "1"
+    assert stopped.code == 0 and "--resume runs/1" in stopped.err and steps(run) == [1]
+    resumed = cdnctl("train", "--resume", run, "--device", "cpu", "-q")
+    assert resumed.code == 0 and not resumed.err and steps(run) == [1, 2, 3, 4, 5, 6]
+    assert resumed.text.strip() == str(run / "last" / "model.safetensors")
+    assert cdnctl(*train).code == 0 and steps(tmp_path / "runs" / "2") == [1, 2, 3, 4, 5, 6]
+
+    # One weights file is as good as the other, and the command line takes either.
+    first, second = (
+        load_model(tmp_path / "runs" / n / "last" / "model.safetensors")[0].state_dict()
+        for n in "12"
+    )
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    write(tmp_path / "a.png")
+    assert cdnctl("denoise", "a.png", "--class", "dog", "--model", resumed.text.strip()).code == 0
+    assert cdnctl(*train, "--init-from", resumed.text.strip(), "--max-seconds", "0").code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["interrupt", "terminate"])
+def test_train_saves_when_told_to_stop(
+    tmp_path: Path, cdnctl: Run, dataset: Path, number: int
+) -> None:
+    command = [COMMAND, "train", dataset, "--config", "long.toml", "--device", "cpu"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        for line in process.stderr:
+            if line.startswith("step 3/"):
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    checked(Result(process.returncode, out.encode(), err), tmp_path)
+    assert process.returncode == 130 and "stopped and saved at step" in err
+    run = tmp_path / "runs" / "1"
+    step = read_run(run / STATE)["state"]["step"]
+    assert 3 <= step < 1_000_000 and steps(run)[-1] == step
+    assert load_model(run / "last" / "model.safetensors")[1].training["steps"] == step
+    assert cdnctl("train", "--resume", run, "--max-seconds", "0", "--device", "cpu").code == 0
+    assert steps(run) == list(range(1, step + 2))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("data",),
+        ("data", "--config", "nonesuch"),
+        ("data", "--config", "data"),
+        ("data", "--config", "bad.toml"),
+        ("data", "--config", "key.toml"),
+        ("data", "--config", "value.toml"),
+        ("nowhere", "--config", "toy.toml"),
+        ("empty", "--config", "toy.toml"),
+        ("data", "--config", "toy.toml", "--resume", "runs/1"),
+        ("--resume", "runs/1"),
+        ("--resume", "data"),
+        ("data", "--config", "toy.toml", "--init-from", "other.safetensors"),
+    ],
+)
+def test_train_refuses(tmp_path: Path, cdnctl: Run, dataset: Path, args: tuple[str, ...]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.toml").write_text("[model\n")
+    (tmp_path / "key.toml").write_text("[optim]\nstep = 5\n")
+    (tmp_path / "value.toml").write_text("[optim]\nsteps = 0\n")
+    save_tiny(tmp_path / "other.safetensors", widths=[16, 24])
+    before = files(tmp_path)
+    assert cdnctl("train", *args, "--device", "cpu").code == 2
+    assert files(tmp_path) == before
+    runs = tmp_path / "runs"
+    assert not runs.exists() or not list(runs.iterdir()), "a run that never began"
+
+
+def test_train_where_it_cannot(tmp_path: Path, cdnctl: Run, dataset: Path) -> None:
+    (tmp_path / "file").touch()
+    train = ("train", dataset, "--config", "toy.toml", "--device", "cpu")
+    assert cdnctl(*train, "--runs", "file").code == 3
+    assert cdnctl(*train, "--init-from", "nonesuch").code == 3
+    (dataset / "dog" / "2.png").write_text("text")
+    done = cdnctl(*train)
+    assert done.code == 1 and "2.png" in done.err

@@ -1,0 +1,159 @@
+"""Tiles: a picture in pieces gives what the whole gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import noisy_picture, tiny
+from torch import Tensor
+
+from cdnctl import tiles
+from cdnctl.restore import Field
+
+CPU = torch.device("cpu")
+SIGMA = 0.2
+
+examples = settings(deadline=None)
+cells = st.integers(1, 30)
+sides = st.integers(1, 150)
+margins = st.integers(0, 40)
+multiples = st.sampled_from([1, 2, 3, 4, 8])
+
+
+@examples
+@given(cells, cells, sides, margins, multiples)
+def test_plan_covers_every_pixel_once(
+    rows: int, columns: int, tile: int, margin: int, multiple: int
+) -> None:
+    height, width = rows * multiple, columns * multiple
+    hits = np.zeros((height, width), int)
+    for t in tiles.plan(height, width, tile, margin, multiple):
+        hits[t.place] += 1
+    assert (hits == 1).all()
+
+
+@examples
+@given(cells, cells, sides, margins, multiples)
+def test_plan_gives_every_kept_pixel_its_surroundings(
+    rows: int, columns: int, tile: int, margin: int, multiple: int
+) -> None:
+    size = (rows * multiple, columns * multiple)
+    planned = tiles.plan(*size, tile, margin, multiple)
+    lengths = set()
+    for t in planned:
+        lengths.add(tuple(s.stop - s.start for s in t.read))
+        for read, core, place, end in zip(t.read, t.core, t.place, size, strict=True):
+            length = read.stop - read.start
+            assert 0 <= read.start < read.stop <= end
+            assert 0 <= core.start < core.stop <= length, "the core lies within what is read"
+            assert (read.start + core.start, read.start + core.stop) == (place.start, place.stop)
+            assert place.start - read.start >= margin or read.start == 0
+            assert read.stop - place.stop >= margin or read.stop == end
+            for edge in (read.start, read.stop, place.start, place.stop):
+                assert edge % multiple == 0
+            least = 2 * (margin + -margin % multiple) + multiple
+            assert length <= max(tile, least), "no larger than asked for, if that is possible"
+    assert len(lengths) == 1, "all of one size, so that they go in batches"
+
+
+@examples
+@given(cells, cells, sides, margins, multiples, st.integers(1, 5))
+def test_identity_over_tiles_is_identity(
+    rows: int, columns: int, tile: int, margin: int, multiple: int, count: int
+) -> None:
+    height, width = rows * multiple, columns * multiple
+    x = torch.arange(2.0 * height * width).reshape(2, height, width)
+    planned = tiles.plan(height, width, tile, margin, multiple)
+    assert torch.equal(tiles.run(lambda y: y, x, planned, CPU, count), x)
+
+
+@examples
+@given(cells, cells, sides, margins, multiples, st.integers(1, 5))
+def test_mean_over_tiles_is_the_mean(
+    rows: int, columns: int, tile: int, margin: int, multiple: int, count: int
+) -> None:
+    x = torch.rand(3, rows * multiple, columns * multiple, dtype=torch.float64)
+    planned = tiles.plan(x.shape[1], x.shape[2], tile, margin, multiple)
+    mean = tiles.mean_of_cells(
+        lambda y: torch.nn.functional.avg_pool2d(y, multiple), x, planned, CPU, multiple, count
+    )
+    torch.testing.assert_close(mean, x.mean((1, 2)))
+
+
+@examples
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 33))
+def test_padding_is_numpys_symmetric(height: int, width: int, multiple: int) -> None:
+    x = np.random.default_rng(0).random((2, height, width))
+    wanted = np.pad(x, [(0, 0), (0, -height % multiple), (0, -width % multiple)], "symmetric")
+    padded = tiles.pad_to_multiple(torch.from_numpy(x), multiple)
+    np.testing.assert_array_equal(padded.numpy(), wanted)
+
+
+# -- networks -------------------------------------------------------------------------------
+
+NETWORKS = [
+    ("gradresnet", {"norm": "pixel"}),
+    ("gradresnet", {"norm": "none", "down": 2}),
+    ("gradresnet", {"norm": "pixel", "unshuffle": 1, "side": 0.0}),
+    ("unet", {"norm": "pixel"}),
+    ("unet", {"norm": "none", "unshuffle": 1}),
+]
+
+
+@pytest.mark.parametrize("arch, shape", NETWORKS)
+def test_tiles_give_what_the_whole_gives(
+    tmp_path: Path, arch: str, shape: dict[str, object]
+) -> None:
+    model = tiny(tmp_path, arch, **shape)
+    height, width = 91, 137
+    pixels = noisy_picture(height, width, sigma=SIGMA)
+    y = tiles.pad_to_multiple(
+        torch.from_numpy(pixels.transpose(2, 0, 1).copy()), model.module.config.multiple
+    )[None]
+
+    def whole(weights: Tensor) -> tuple[np.ndarray, Tensor]:
+        with torch.no_grad():
+            correction, logits = model.module.correction(y, SIGMA, weights)
+        return correction[0, :, :height, :width].permute(1, 2, 0).numpy(), logits[0]
+
+    for tile in (70, 101):
+        field = Field(model, pixels, SIGMA, tile)
+        assert len(field.tiles) > 1
+        for weights in (torch.tensor([1.0, 0, 0]), torch.tensor([-1.0, 0.5, 1.5])):
+            correction, logits = whole(weights)
+            with torch.no_grad():
+                np.testing.assert_allclose(field.correction(weights), correction, atol=1e-5)
+                torch.testing.assert_close(field.logits(), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["pixel", "none"])
+@torch.no_grad()
+def test_the_test_above_can_see_the_classes(tmp_path: Path, norm: str) -> None:
+    """Their part of a correction is far above its tolerance, and so is a mean over a tile."""
+    model = tiny(tmp_path, norm=norm)
+    field = Field(model, noisy_picture(131, 157, sigma=SIGMA), SIGMA, 100)
+    difference = field.correction(torch.tensor([1.0, -1, 0]))
+    assert np.abs(difference).max() > 1e-3
+    field.cells //= 2
+    assert np.abs(field.correction(torch.tensor([1.0, -1, 0])) - difference).max() > 1e-3
+
+
+@torch.no_grad()
+def test_too_little_margin_is_seen(tmp_path: Path) -> None:
+    """What the margin is good for: without it the edges of tiles show."""
+    model = tiny(tmp_path)
+    field = Field(model, noisy_picture(131, 157, sigma=SIGMA), SIGMA, 100)
+    weights = torch.tensor([1.0, 0, 0])
+    right = field.correction(weights)
+    field.tiles = tiles.plan(*field.picture.shape[1:], 48, 0, model.module.config.multiple)
+    assert np.abs(field.correction(weights) - right).max() > 1e-3
+
+
+def test_group_norm_needs_the_whole_picture(tmp_path: Path) -> None:
+    model = tiny(tmp_path, norm="group", groups=4)
+    assert len(Field(model, noisy_picture(131, 157), SIGMA, 16).tiles) == 1

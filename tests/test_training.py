@@ -1,0 +1,900 @@
+"""Training: configs, data, and a loop that can be stopped, resumed and shared out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import skimage.data
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cdnctl.checkpoints import Header, build_module, load_model, save_model
+from cdnctl.core.joint import denoise
+from cdnctl.core.losses import score_matching
+from cdnctl.errors import ConfigError, ImageError, TrainingError, UsageError
+from cdnctl.training import loop
+from cdnctl.training.config import (
+    DataConfig,
+    LossConfig,
+    NoiseConfig,
+    OptimConfig,
+    TrainConfig,
+    load,
+    parse,
+)
+from cdnctl.training.data import (
+    Batch,
+    Batches,
+    Pictures,
+    find_pictures,
+    load_datasets,
+    split_holdout,
+)
+from cdnctl.training.loop import (
+    MODEL,
+    STATE,
+    Outcome,
+    TrainState,
+    learning_rate,
+    new_run_folder,
+    read_run,
+    shared_path,
+    train,
+    validate,
+)
+
+CPU = torch.device("cpu")
+
+# -- configs --------------------------------------------------------------------------------
+
+
+def test_defaults_are_a_sound_config() -> None:
+    assert parse({}) == TrainConfig()
+
+
+def test_config_survives_json() -> None:
+    """As it does in a run folder."""
+    config = parse(
+        {
+            "name": "x",
+            "model": {"widths": [4, 8], "blocks": [1, 1], "norm": "none"},
+            "optim": {"betas": [0.8, 0.9], "lr": 1},
+            "run": {"validate_sigmas": []},
+        }
+    )
+    again = parse(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.model["arch"] == "gradresnet"
+    assert again.optim.betas == (0.8, 0.9) and again.run.validate_sigmas == ()
+
+
+BAD_CONFIGS = {
+    # text: what the error must quote
+    "[data]\npatsh = 32": ("patsh", "data", "patch"),
+    "[dta]\npatch = 32": ("dta", "data"),
+    "patch = 32": ("patch", "data"),
+    "[model]\ndepth = 3": ("depth", "model", "widths"),
+    "[data]\npatch = 'big'": ("data.patch", "'big'", "int"),
+    "[data]\npatch = 1.5": ("data.patch", "1.5", "int"),
+    "[data]\npatch = true": ("data.patch", "True", "int"),
+    "[data]\nrotate = 1": ("data.rotate", "1", "bool"),
+    "[optim]\nlr = '1e-3'": ("optim.lr", "'1e-3'", "float"),
+    "[optim]\nbetas = [0.9]": ("optim.betas", "[0.9]"),
+    "[optim]\nbetas = [0.9, 'x']": ("optim.betas", "'x'"),
+    "[model]\nwidths = 64": ("model.widths", "64", "tuple"),
+    "[model]\nwidths = [4.5]": ("model.widths", "4.5"),
+    "[model]\nwidths = [[4]]": ("model.widths", "[[4]]"),
+    "[run]\nvalidate_sigmas = [25, 'x']": ("run.validate_sigmas", "'x'"),
+    "data = 3": ("data", "3", "[data]"),
+    "model = 'unet'": ("model", "'unet'"),
+    "name = 3": ("name", "3"),
+    "[name]\nx = 1": ("name", "'x'"),
+    "[model]\narch = 'resnet'": ("'resnet'", "gradresnet", "unet"),
+    "[model]\narch = ['unet']": ("['unet']", "gradresnet"),
+    "[model]\nwidths = [64]": ("widths", "(64,)", "blocks"),
+    "[model]\nnorm = 'batch'": ("norm", "'batch'", "pixel"),
+    "[model]\nchannels = 1": ("channels", "1", "3"),
+    "[data]\npatch = 0": ("data.patch", "0", "between 1"),
+    "[data]\nbatch = 0": ("data.batch", "0"),
+    "[data]\nlabelled_share = 1.5": ("data.labelled_share", "1.5"),
+    "[data]\nshift = -1": ("data.shift", "-1"),
+    "[data]\nholdout = -1": ("data.holdout", "-1"),
+    "[noise]\nlow = 30\nhigh = 20": ("noise.low", "30", "20"),
+    "[noise]\nlow = -1": ("noise.low", "-1"),
+    "[noise]\nhigh = 300": ("noise.high", "300", "255"),
+    "[noise]\nhigh = nan": ("noise", "nan"),
+    "[noise]\npower = -1": ("noise.power", "-1"),
+    "[loss]\nsmoothing = 2.0": ("loss.smoothing", "2.0"),
+    "[loss]\nconditional = -0.5": ("loss.conditional", "-0.5"),
+    "[loss]\nscore = inf": ("loss.score", "inf"),
+    "[optim]\nsteps = 0": ("optim.steps", "0"),
+    "[optim]\nlr = -0.1": ("optim.lr", "-0.1"),
+    "[optim]\nlr = nan": ("optim.lr", "nan"),
+    "[optim]\nbetas = [0.9, 1.0]": ("optim.betas", "1.0"),
+    "[optim]\nema = 1.5": ("optim.ema", "1.5"),
+    "[optim]\nclip = 0": ("optim.clip", "0"),
+    "[optim]\nguard = 0.5": ("optim.guard", "0.5"),
+    "[run]\nseed = -1": ("run.seed", "-1"),
+    "[run]\nlog_every = 0": ("run.log_every", "0"),
+    "[run]\nvalidate_every = 0": ("run.validate_every", "0"),
+    "[run]\ncheckpoint_every = -5": ("run.checkpoint_every", "-5"),
+    "[run]\nvalidate_sigmas = [-3]": ("run.validate_sigmas", "-3"),
+    "[run]\nprecision = 'half'": ("run.precision", "'half'", "bfloat16"),
+    "[data": ("not valid TOML",),
+    "a = 1\na = 2": ("not valid TOML",),
+    "x = " + "9" * 5000: ("not valid TOML",),
+    "x = " + "[" * 5000: ("not valid TOML",),
+}
+
+
+@pytest.mark.parametrize("text", BAD_CONFIGS, ids=lambda t: t[:40])
+def test_config_errors_quote_key_and_value(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    for word in BAD_CONFIGS[text]:
+        assert word in str(caught.value)
+
+
+def test_config_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml"):
+        load(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        load(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xff"')
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load(tmp_path / "latin.toml")
+
+
+def test_a_good_config_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("name = 'x'\n[model]\narch = 'unet'\n[optim]\nlr = 1\n", encoding="utf-8")
+    config = load(path)
+    assert (config.name, config.model["arch"], config.optim.lr) == ("x", "unet", 1)
+    assert config.data == DataConfig()
+
+
+# -- finding pictures -----------------------------------------------------------------------
+
+
+def picture(path: Path, size: tuple[int, int] = (4, 4), level: int | Any = 100) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(np.full((*size, 3), level, np.uint8)).save(path)
+    return path
+
+
+def found(root: Path, split: str = "train") -> list[tuple[str, str | None]]:
+    return [(s.path.relative_to(root).as_posix(), s.label) for s in find_pictures(root, split)]
+
+
+@pytest.mark.parametrize("base", ["", "train/"])
+def test_layouts(tmp_path: Path, base: str) -> None:
+    folders, flat = tmp_path / "folders", tmp_path / "flat"
+    for name in ("dog/2.png", "dog/1.png", "cat/deep/x.jpg", "cat/notes.txt"):
+        if name.endswith("txt"):
+            (folders / base / name).write_text("no picture")
+        else:
+            picture(folders / base / name)
+    for name in ("b.png", "a.png"):
+        picture(flat / base / name)
+    assert found(folders) == [
+        (f"{base}cat/deep/x.jpg", "cat"),
+        (f"{base}dog/1.png", "dog"),
+        (f"{base}dog/2.png", "dog"),
+    ]
+    assert found(flat) == [(f"{base}a.png", None), (f"{base}b.png", None)]
+    assert found(folders, "val") == found(flat, "val") == []
+
+
+def test_val_beside_train(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "cat" / "1.png")
+    picture(tmp_path / "val" / "cat" / "2.png")
+    assert found(tmp_path) == [("train/cat/1.png", "cat")]
+    assert found(tmp_path, "val") == [("val/cat/2.png", "cat")]
+
+
+def test_folders_without_pictures(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="absent"):
+        find_pictures(tmp_path / "absent")
+    with pytest.raises(UsageError, match=r"a\.png"):
+        find_pictures(picture(tmp_path / "file" / "a.png"))
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    (tmp_path / "empty" / "readme.txt").write_text("")
+    with pytest.raises(UsageError, match="no pictures"):
+        find_pictures(tmp_path / "empty")
+
+
+def test_loading(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    colour = rng.integers(0, 256, (5, 7, 3), np.uint8)
+    gray = rng.integers(0, 256, (4, 6), np.uint8)
+    for name, pixels in (("b/colour.png", colour), ("a/gray.png", gray)):
+        (tmp_path / "set" / name).parent.mkdir(parents=True)
+        PIL.Image.fromarray(pixels).save(tmp_path / "set" / name)
+    picture(tmp_path / "loose" / "0.png", (3, 3), 7)
+    pictures, held = load_datasets([tmp_path / "set", tmp_path / "loose"], DataConfig(), CPU)
+    assert pictures.classes == ("a", "b") and len(held) == 0
+    assert pictures.labels.tolist() == [0, 1, -1]
+    assert pictures.sizes.tolist() == [[4, 6], [5, 7], [3, 3]]
+    want = [np.repeat(gray[None], 3, 0), colour.transpose(2, 0, 1), np.full((3, 3, 3), 7)]
+    for i, pixels in enumerate(want):
+        at = int(pictures.offsets[i])
+        got = pictures.buffer[at : at + pixels.size].reshape(pixels.shape)
+        assert np.array_equal(got, pixels)
+
+
+def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+    picture(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        load_datasets([tmp_path], DataConfig(), CPU)
+
+
+def test_validation_folder_or_holdout(tmp_path: Path) -> None:
+    for i in range(40):
+        picture(tmp_path / "one" / "train" / "ab"[i % 2] / f"{i}.png", level=i)
+    pictures, held = load_datasets([tmp_path / "one"], DataConfig(holdout=500), CPU)
+    assert (len(pictures), len(held)) == (36, 4), "at most a tenth is held out"
+    picture(tmp_path / "one" / "val" / "b" / "x.png", level=250)
+    pictures, held = load_datasets([tmp_path / "one"], DataConfig(), CPU)
+    assert (len(pictures), len(held)) == (40, 1)
+    assert held.labels.tolist() == [1]
+    picture(tmp_path / "one" / "val" / "c" / "x.png")
+    with pytest.raises(UsageError, match="'c'"):
+        load_datasets([tmp_path / "one"], DataConfig(), CPU)
+
+
+# -- crops and batches ------------------------------------------------------------------------
+
+
+def collection(
+    sizes: list[tuple[int, int]], labels: list[int], classes: tuple[str, ...] = ("a", "b", "c")
+) -> tuple[Pictures, list[np.ndarray]]:
+    """Random pictures, as ``Pictures`` and as arrays (H, W, 3) in [0, 1]."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    flat = [torch.from_numpy(a.transpose(2, 0, 1).copy()).flatten() for a in arrays]
+    lengths = torch.tensor([len(f) for f in flat])
+    pictures = Pictures(
+        torch.cat(flat),
+        lengths.cumsum(0) - lengths,
+        torch.tensor(sizes),
+        torch.tensor(labels),
+        classes,
+    )
+    return pictures, [np.float32(a) / 255 for a in arrays]
+
+
+def flat_pictures(labels: list[int]) -> Pictures:
+    """Pictures of one level each, which tell which one a crop came from."""
+    n = len(labels)
+    buffer = torch.arange(n, dtype=torch.uint8).repeat_interleave(3 * 4 * 4)
+    size = torch.full((n, 2), 4)
+    return Pictures(buffer, torch.arange(n) * 48, size, torch.tensor(labels), ("a", "b"))
+
+
+def who(batch: Batch) -> list[int]:
+    """Indices of the pictures of ``flat_pictures`` in a batch."""
+    return (batch.clean[:, 0, 0, 0] * 255).round().long().tolist()
+
+
+def cut(array: np.ndarray, top: int, left: int, side: int, turn: int) -> np.ndarray:
+    """A crop in plain numpy: mirror at the edges, slice, transpose, flip. (3, side, side)."""
+    pad = side + 12
+    padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)), "reflect")
+    crop = padded[top + pad : top + pad + side, left + pad : left + pad + side]
+    if turn & 1:
+        crop = crop[:, ::-1]
+    if turn & 2:
+        crop = crop[::-1]
+    if turn & 4:
+        crop = crop.transpose(1, 0, 2)
+    return crop.transpose(2, 0, 1)
+
+
+def test_crops_are_numpy_crops() -> None:
+    """All eight turns; inside, over every edge, and of pictures smaller than the crop."""
+    pictures, arrays = collection([(9, 14), (6, 6), (3, 5), (1, 4), (1, 1), (2, 2)], [0] * 6)
+    rng = np.random.default_rng(1)
+    for side in (1, 4, 7):
+        which = torch.arange(6).repeat_interleave(16)
+        turn = torch.arange(8).repeat(12)
+        top, left = torch.from_numpy(rng.integers(-6, 12, (2, len(which))))
+        got = pictures.crops(which, top, left, turn, side)
+        assert got.dtype is torch.float32
+        for k, i in enumerate(which.tolist()):
+            want = cut(arrays[i], int(top[k]), int(left[k]), side, int(turn[k]))
+            np.testing.assert_allclose(got[k], want, atol=1e-7)
+
+
+def test_the_eight_turns_are_the_symmetries_of_the_square() -> None:
+    pictures, arrays = collection([(5, 5)], [0])
+    zero = torch.zeros(8, dtype=torch.int64)
+    got = pictures.crops(zero, zero, zero, torch.arange(8), 5).numpy()
+    square = arrays[0].transpose(2, 0, 1)
+    turned = [np.rot90(square, k, (1, 2)) for k in range(4)]
+    symmetries = {np.ascontiguousarray(t).tobytes() for s in turned for t in (s, s[:, :, ::-1])}
+    assert len(symmetries) == 8
+    assert {np.ascontiguousarray(c).tobytes() for c in got} == symmetries
+
+
+def make_batches(pictures: Pictures, seed: int = 0, **data: Any) -> Batches:
+    return Batches(pictures, DataConfig(**data), NoiseConfig(), LossConfig(), seed)
+
+
+@pytest.mark.parametrize(
+    "labels,shift,rotate", [([-1], 3, True), ([-1], 0, False), ([0], 0, True), ([0], 2, True)]
+)
+def test_crops_of_a_batch_are_all_those_allowed(
+    labels: list[int], shift: int, rotate: bool
+) -> None:
+    """Labelled: shifted over the edge and mirrored. Unlabelled: inside, and turned."""
+    pictures, arrays = collection([(5, 6)], labels)
+    draw = make_batches(pictures, patch=4, batch=256, shift=shift, rotate=rotate)
+    reach = shift if labels == [0] else 0
+    allowed = {
+        np.rint(cut(arrays[0], top, left, 4, turn) * 255).astype(np.uint8).tobytes()
+        for top in range(-reach, 2 + reach)
+        for left in range(-reach, 3 + reach)
+        for turn in range(8 if labels == [-1] and rotate else 2)
+    }
+    seen = {
+        np.rint(crop.numpy() * 255).astype(np.uint8).tobytes()
+        for step in range(6)
+        for crop in draw(step).clean
+    }
+    assert seen == allowed
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5, 7, 30])
+def test_an_epoch_shows_every_picture_once(batch: int) -> None:
+    labels = [0] * 7 + [-1] * 11 + [1] * 6
+    draw = make_batches(flat_pictures(labels), patch=2, batch=batch, labelled_share=0.4)
+    order = [i for step in range(60) for i in who(draw(step))]
+    for pool in ({i for i, c in enumerate(labels) if c >= 0}, {7 + i for i in range(11)}):
+        mine = [i for i in order if i in pool]
+        epochs = [mine[k : k + len(pool)] for k in range(0, len(mine) - len(pool), len(pool))]
+        assert all(sorted(epoch) == sorted(pool) for epoch in epochs)
+        assert len(epochs) < 3 or len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    pictures, _ = collection([(8, 9)] * 5 + [(7, 7)] * 5, [0, 1] * 3 + [-1] * 4)
+    config = {"patch": 4, "batch": 6}
+    in_order = make_batches(pictures, **config)
+    forward = [in_order(t) for t in range(8)]
+    draw = make_batches(pictures, **config)
+    for t in (5, 0, 7, 7, 2, 6, 5):
+        assert equal(draw(t), forward[t])
+        assert equal(make_batches(pictures, **config)(t), forward[t])
+    torch.manual_seed(123)
+    torch.rand(7)
+    assert equal(draw(3), forward[3])
+    for other in (forward[4], make_batches(pictures, seed=1, **config)(3)):
+        for name, value in vars(forward[3]).items():
+            if name in ("clean", "noise", "sigma"):
+                assert not torch.equal(getattr(other, name), value), name
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_shares_of_the_processes_make_up_the_batch(world: int) -> None:
+    pictures, _ = collection([(8, 9)] * 10, [0, 1] * 3 + [-1] * 4)
+    draw = make_batches(pictures, patch=4, batch=6)
+    for step in (0, 5):
+        whole = draw(step)
+        shares = [draw(step, rank, world) for rank in range(world)]
+        assert {len(share.sigma) for share in shares} == {6 // world}
+        joined = torch.cat([share.sigma for share in shares])
+        place = [joined.tolist().index(v) for v in whole.sigma.tolist()]
+        assert sorted(place) == list(range(6))
+        for name, value in vars(whole).items():
+            parts = torch.cat([getattr(share, name) for share in shares])
+            assert torch.equal(parts[place], value), name
+
+
+@pytest.mark.parametrize(
+    "labels,share,count",
+    [
+        ([0] * 9 + [-1] * 5, 0.5, 5),
+        ([0] * 9 + [-1] * 5, 0.25, 2),  # 2.5 rounds to even
+        ([0] * 9 + [-1] * 5, 0.0, 0),
+        ([0] * 9 + [-1] * 5, 1.0, 10),
+        ([0] * 9, 0.5, 10),
+        ([-1] * 5, 0.5, 0),
+    ],
+)
+def test_mixing_of_labelled_and_unlabelled(labels: list[int], share: float, count: int) -> None:
+    pictures = flat_pictures(labels)
+    draw = make_batches(pictures, patch=2, batch=10, labelled_share=share)
+    for step in range(5):
+        batch = draw(step)
+        assert len(batch.labels) == 10
+        assert int((batch.labels >= 0).sum()) == count
+        assert batch.labels.tolist() == [labels[i] for i in who(batch)]
+        assert not batch.condition[batch.labels < 0].any()
+
+
+def test_noise_of_a_batch() -> None:
+    pictures = flat_pictures([0] * 8)
+    config = NoiseConfig(low=51, high=102)
+    for share in (0.0, 0.3, 1.0):
+        draw = Batches(
+            pictures, DataConfig(patch=4, batch=200), config, LossConfig(conditional=share), 0
+        )
+        batches = [draw(t) for t in range(5)]
+        sigma = torch.cat([b.sigma for b in batches])
+        assert sigma.min() >= 0.2 and sigma.max() <= 0.4 and sigma.std() > 0.04
+        noise = torch.cat([b.noise for b in batches])
+        assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+        condition = torch.cat([b.condition for b in batches]).float().mean().item()
+        assert abs(condition - share) < 0.05
+        assert share not in (0.0, 1.0) or condition == share
+
+
+@pytest.mark.parametrize("n,count", [(100, 7), (100, 500), (95, 9), (19, 5), (9, 5), (50, 0)])
+def test_holdout_is_disjoint_from_training(n: int, count: int) -> None:
+    pictures = flat_pictures([0] * n)
+    training, held = split_holdout(pictures, count)
+    a, b = (set((p.offsets // 48).tolist()) for p in (training, held))
+    assert len(held) == len(b) == min(count, n // 10)
+    assert not a & b and a | b == set(range(n))
+    if len(b) > 1:  # evenly spaced: the files are sorted by class
+        gaps = np.diff(sorted(b))
+        assert gaps.max() - gaps.min() <= 1
+
+
+# -- the loss -----------------------------------------------------------------------------------
+
+TINY = {"arch": "gradresnet", "widths": [4, 8], "blocks": [1, 1], "norm": "pixel", "head": 8}
+
+
+def tiny_net(classes: int = 2, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    shape = {k: v for k, v in TINY.items() if k != "arch"} | {"num_classes": classes} | changes
+    names = tuple(map(str, range(classes)))
+    return build_module(Header("x", "gradresnet", shape, names, (0.0, 0.2), 16))
+
+
+def test_losses_of_a_batch() -> None:
+    """Unlabelled: the unconditional score. Labelled: some given the class; and the class."""
+    net = tiny_net()
+    clean, noise = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    sigma = torch.tensor([0.1, 0.2, 0.3, 0.0])
+    labels, condition = torch.tensor([1, 0, -1, 1]), torch.tensor([True, False, False, True])
+    config = LossConfig(score_power=0.5)
+    got = loop.losses(net, Batch(clean, noise, sigma, labels, condition), config)
+    noisy = clean + sigma.view(-1, 1, 1, 1) * noise
+    logits = net(noisy, sigma)[1]
+    for i in range(3):
+        w = torch.eye(2)[labels[i]] if condition[i] else None
+        d = denoise(net, noisy[i : i + 1], sigma[i : i + 1], w)
+        want = score_matching(d, clean[i : i + 1], sigma[i : i + 1], 0.5)
+        torch.testing.assert_close(got[0][i : i + 1], want, rtol=1e-4, atol=1e-5)
+        entropy = -logits[i].log_softmax(0)[labels[i]] if labels[i] >= 0 else torch.zeros(())
+        torch.testing.assert_close(got[1][i], entropy, rtol=1e-4, atol=1e-5)
+    assert got[0].isfinite().all(), "no noise at all must not divide by zero"
+
+
+def test_learning_rate() -> None:
+    config = TrainConfig(optim=OptimConfig(steps=100, lr=0.5, warmup=10))
+    rates = [learning_rate(t, config) for t in range(101)]
+    assert rates[:10] == pytest.approx([0.05 * k for k in range(1, 11)])
+    assert max(rates) == rates[10] == 0.5
+    assert all(a > b > 0 or b == pytest.approx(0) for a, b in pairwise(rates[10:]))
+    assert rates[55] == pytest.approx(0.25) and rates[100] == pytest.approx(0)
+    assert learning_rate(0, TrainConfig(optim=OptimConfig(warmup=0, lr=0.5))) == 0.5
+
+
+# -- the loop -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two classes of textures, and a flat folder of photographs: crops of skimage.data."""
+    root = tmp_path_factory.mktemp("data")
+    sources = {"textures/brick": "brick", "textures/grass": "grass", "photos": "coffee"}
+    rng = np.random.default_rng(0)
+    for folder, name in sources.items():
+        pixels = getattr(skimage.data, name)()
+        (root / folder).mkdir(parents=True)
+        for i in range(20):
+            top, left = (int(rng.integers(0, s - 24)) for s in pixels.shape[:2])
+            crop = pixels[top : top + 24, left : left + 20]
+            PIL.Image.fromarray(crop).save(root / folder / f"{i:02}.png")
+    return [root / "textures", root / "photos"]
+
+
+def tiny_config(**sections: dict[str, Any]) -> TrainConfig:
+    raw: dict[str, dict[str, Any]] = {
+        "model": dict(TINY),
+        "data": {"patch": 16, "batch": 4, "shift": 2},
+        "noise": {"low": 20, "high": 40},
+        "optim": {"steps": 10, "warmup": 2, "ema": 0.9},
+        "run": {
+            "log_every": 2,
+            "validate_every": 4,
+            "checkpoint_every": 3,
+            "validate_sigmas": [25],
+            "precision": "float32",
+        },
+    }
+    return parse({k: v | sections.get(k, {}) for k, v in raw.items()} | sections.get("top", {}))
+
+
+def run(folder: Path, datasets: list[Path], **options: Any) -> Outcome:
+    sections = options.pop("sections", {})
+    return train(folder, config=tiny_config(**sections), datasets=datasets, device=CPU, **options)
+
+
+def after(calls: int) -> Callable[[], bool]:
+    """A ``should_stop`` that says so at its n-th call."""
+    count = iter(range(1, 10**9))
+    return lambda: next(count) >= calls
+
+
+def state_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / STATE)
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_to_the_bit(a: Path, b: Path) -> None:
+    x, y = state_of(a), state_of(b)
+    assert x.keys() == y.keys() and len(x) > 10
+    for key, value in x.items():
+        assert torch.equal(value, y[key]), key
+    for name in ("last", "best"):
+        x, y = (load_file(folder / name / MODEL) for folder in (a, b))
+        assert all(torch.equal(value, y[key]) for key, value in x.items()), name
+    for key in ("step", "norm", "best"):
+        assert read_run(a / STATE)["state"][key] == read_run(b / STATE)["state"][key]
+
+
+@pytest.fixture(scope="module")
+def whole(datasets: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(folder, datasets) == Outcome(folder, 10, True)
+    return folder
+
+
+def test_a_finished_run(whole: Path, datasets: list[Path]) -> None:
+    module, header = load_model(whole / "last" / MODEL)
+    assert header.classes == ("brick", "grass") and header.patch == 16
+    assert header.sigma_range == pytest.approx((20 / 255, 40 / 255))
+    assert header.training["steps"] == 10 and header.training["pictures"] == 40
+    assert parse(header.training["config"]) == tiny_config()
+    assert "textures" in header.data and str(datasets[0]) not in json.dumps(vars(header))
+    assert module.num_classes == 2
+    assert load_model(whole / "best" / MODEL)[1].training["steps"] in (4, 8, 10)
+    state = state_of(whole)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, state[f"ema.{key}"]), "what is exported is the average"
+    assert any(not torch.equal(state[f"ema.{k}"], state[f"model.{k}"]) for k in module.state_dict())
+    config = json.loads((whole / "config.json").read_text())
+    assert parse(config["config"]) == tiny_config()
+
+
+def test_stopped_and_resumed_twice_to_the_bit(
+    whole: Path, datasets: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, datasets, should_stop=after(3)) == Outcome(folder, 3, False)
+    assert train(folder, device=CPU, should_stop=after(2)) == Outcome(folder, 5, False)
+    assert train(folder, device=CPU) == Outcome(folder, 10, True)
+    same_to_the_bit(folder, whole)
+    assert [r["step"] for r in rows_of(folder)] == [r["step"] for r in rows_of(whole)]
+    again = train(folder, device=CPU)  # nothing left to do
+    assert again == Outcome(folder, 10, True)
+    same_to_the_bit(folder, whole)
+
+
+def test_out_of_time(whole: Path, datasets: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    outcome = run(folder, datasets, max_seconds=0)
+    steps = [outcome.step]
+    while not outcome.finished:
+        outcome = train(folder, device=CPU, max_seconds=0)
+        steps.append(outcome.step)
+    assert steps == list(range(1, 11))
+    same_to_the_bit(folder, whole)
+
+
+def test_resuming_counts_the_seconds_on(datasets: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, datasets, should_stop=after(3))
+    first = read_run(folder / STATE)["state"]["seconds"]
+    seen: list[float] = []
+    train(folder, device=CPU, watch=lambda p: seen.append(p.seconds))
+    assert 0 < first < seen[0] and seen == sorted(seen)
+
+
+def test_another_seed_is_another_run(whole: Path, datasets: list[Path], tmp_path: Path) -> None:
+    run(tmp_path / "run", datasets, sections={"run": {"seed": 1}})
+    x, y = state_of(whole), state_of(tmp_path / "run")
+    assert not torch.equal(x["model.trunk.stem.weight"], y["model.trunk.stem.weight"])
+
+
+@pytest.mark.parametrize("arch", ["gradresnet", "unet", "classifier"])
+def test_the_first_step_is_one_of_adamw(arch: str, datasets: list[Path], tmp_path: Path) -> None:
+    """Against plain AdamW: the fused kernel is easily fed gradients in another memory order."""
+    sections = {"model": {"arch": arch}, "optim": {"steps": 1, "warmup": 0, "lr": 0.1}}
+    config = tiny_config(**sections)
+    run(tmp_path / "run", datasets, sections=sections)
+    pictures, _ = load_datasets(datasets, config.data, CPU)
+    header = load_model(tmp_path / "run" / "last" / MODEL)[1]
+    torch.manual_seed(config.run.seed)
+    net = build_module(header)
+    batch = Batches(pictures, config.data, config.noise, config.loss, config.run.seed)(0)
+    matching, entropy = loop.losses(net, batch, config.loss)
+    (matching + config.loss.classes * entropy).mean().backward()
+    norms = [p for p in net.parameters() if p.ndim == 1]
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    groups = [{"params": weights}, {"params": norms, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, 0.1, config.optim.betas, weight_decay=0.01, fused=False).step()
+    got = state_of(tmp_path / "run")
+    for name, parameter in net.named_parameters():
+        if parameter.grad is not None:
+            clear = parameter.grad.abs() > 1e-6  # Adam's first step is the sign of the gradient
+            off = (got[f"model.{name}"] - parameter.detach()).abs()
+            assert clear.any() and off[clear].max() < 1e-4, name
+
+
+def broken_losses(at: set[int], factor: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The losses, times a factor at some calls (counted from 1, validation included)."""
+    calls = iter(range(1, 10**9))
+    original = loop.losses
+
+    def losses(*args: Any) -> tuple[Tensor, Tensor]:
+        matching, entropy = original(*args)
+        return (matching * factor if next(calls) in at else matching), entropy
+
+    return losses
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_a_number(
+    value: float, datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = {"run": {"validate_every": 100, "log_every": 1}}
+    run(tmp_path / "whole", datasets, sections=quiet)
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "losses", broken_losses({8}, value))
+        with pytest.raises(TrainingError, match="step 7") as caught:
+            run(folder, datasets, sections=quiet)
+    assert repr(str(folder)) in str(caught.value)
+    assert read_run(folder / STATE)["state"]["step"] == 6, "the last good state"
+    assert all(v.isfinite().all() for v in state_of(folder).values())
+    load_model(folder / "last" / MODEL)
+    assert [int(r["step"]) for r in rows_of(folder)] == [1, 2, 3, 4, 5, 6, 7]
+    train(folder, device=CPU)  # once the cause is gone, the run goes on as if nothing had been
+    same_to_the_bit(folder, tmp_path / "whole")
+    assert [int(r["step"]) for r in rows_of(folder)] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("guard", [10.0, 1e9])
+def test_one_bad_step_does_no_harm(
+    guard: float, datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is undone by the guard or, below that, clipped."""
+    quiet = {"run": {"validate_every": 100}, "optim": {"steps": 12, "guard": guard}}
+    monkeypatch.setattr(loop, "losses", broken_losses({9}, 1e6))
+    assert run(tmp_path / "run", datasets, sections=quiet).finished
+    guarded = read_run(tmp_path / "run" / STATE)["state"]
+    monkeypatch.undo()
+    run(tmp_path / "calm", datasets, sections=quiet)
+    calm = read_run(tmp_path / "calm" / STATE)["state"]
+    assert guarded["norm"] < 2 * calm["norm"]
+    x, y = state_of(tmp_path / "run"), state_of(tmp_path / "calm")
+    for key in (k for k in x if k.startswith("optimizer.exp_avg.")):
+        assert x[key].abs().max() < 10 * y[key].abs().max() + 1e-3, key
+
+
+def test_a_gradient_that_stays_huge(
+    datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "losses", broken_losses(set(range(9, 10**4)), 1e6))
+    quiet = {"run": {"validate_every": 10**4}, "optim": {"steps": 5000}}
+    with pytest.raises(TrainingError, match="gradient"):
+        run(tmp_path / "run", datasets, sections=quiet)
+    assert read_run(tmp_path / "run" / STATE)["state"]["step"] <= 8
+
+
+def test_results(whole: Path, datasets: list[Path], tmp_path: Path) -> None:
+    rows = rows_of(whole)
+    assert list(rows[0]) == [
+        "step",
+        "seconds",
+        "pictures",
+        "loss",
+        "score_loss",
+        "class_loss",
+        "grad_norm",
+        "lr",
+        "val_loss",
+        "val_psnr_25",
+        "val_accuracy_25",
+    ]
+    assert [int(r["step"]) for r in rows] == [2, 4, 6, 8, 10]
+    config = tiny_config()
+    for row in rows:
+        step = int(row["step"])
+        assert int(row["pictures"]) == 4 * step
+        assert float(row["lr"]) == pytest.approx(learning_rate(step - 1, config))
+        parts = float(row["score_loss"]) + config.loss.classes * float(row["class_loss"])
+        assert float(row["loss"]) == pytest.approx(parts, rel=1e-5)
+        validated = step in (4, 8, 10)
+        for name in ("val_loss", "val_psnr_25", "val_accuracy_25"):
+            assert bool(row[name]) is validated
+        if validated:
+            assert 5 < float(row["val_psnr_25"]) < 50
+            assert 0 <= float(row["val_accuracy_25"]) <= 1
+    # A row is the mean over the steps since the one before.
+    progress: list[loop.Progress] = []
+    run(tmp_path / "run", datasets, sections={"run": {"log_every": 1}}, watch=progress.append)
+    assert [p.step for p in progress] == list(range(1, 11))
+    for k, row in enumerate(rows):
+        pair = progress[2 * k : 2 * k + 2]
+        assert float(row["loss"]) == pytest.approx(sum(p.loss for p in pair) / 2, rel=1e-5)
+        assert float(row["grad_norm"]) == pytest.approx(pair[1].grad_norm)
+
+
+@pytest.mark.parametrize("arch,psnr,accuracy", [("unet", True, False), ("classifier", False, True)])
+def test_baselines_train_too(
+    arch: str, psnr: bool, accuracy: bool, datasets: list[Path], tmp_path: Path
+) -> None:
+    sections = {"model": {"arch": arch}, "optim": {"steps": 4}}
+    assert run(tmp_path / "run", datasets, sections=sections).finished
+    row = rows_of(tmp_path / "run")[-1]
+    assert bool(row["val_psnr_25"]) is psnr and bool(row["val_accuracy_25"]) is accuracy
+    assert load_model(tmp_path / "run" / "last" / MODEL)[1].arch == arch
+
+
+def test_validation_is_of_the_average_and_leaves_no_trace(datasets: list[Path]) -> None:
+    net = tiny_net()
+    config = tiny_config()
+    held = load_datasets(datasets, config.data, CPU)[0]
+    state = TrainState(net, config)
+    first = validate(state, held, config)
+    assert first == validate(state, held, config), "the same noise each time"
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.5)
+    weights = {k: v.clone() for k, v in net.state_dict().items()}
+    assert validate(state, held, config) == first
+    assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
+    for value in state.ema.values():
+        value.mul_(1.5)
+    assert validate(state, held, config) != first
+
+
+@pytest.mark.parametrize("arch", ["gradresnet", "unet"])
+def test_the_loss_goes_down(arch: str, datasets: list[Path], tmp_path: Path) -> None:
+    progress: list[loop.Progress] = []
+    sections = {
+        "model": {"arch": arch, "widths": [8, 16], "down": 2},
+        "data": {"batch": 8},
+        "optim": {"steps": 60, "lr": 5e-3, "warmup": 5},
+        "run": {"log_every": 10, "validate_every": 10},
+        "noise": {"low": 25, "high": 25},
+        "loss": {"classes": 0.1},
+    }
+    assert run(tmp_path / "run", datasets, sections=sections, watch=progress.append).finished
+    first, last = progress[0], progress[-1]
+    assert last.score_loss < 0.8 * first.score_loss
+    assert last.validation["loss"] < 0.8 * first.validation["loss"]
+    noisy_psnr = -20 * math.log10(25 / 255)
+    assert last.validation["psnr_25"] > noisy_psnr + 2
+    if arch == "gradresnet":
+        assert last.class_loss < 0.8 * first.class_loss
+        assert last.validation["accuracy_25"] > 0.9
+
+
+def test_training_goes_on_from_other_weights(
+    whole: Path, datasets: list[Path], tmp_path: Path
+) -> None:
+    start = whole / "last" / MODEL
+    sections = {"optim": {"steps": 2, "lr": 0.0}}
+    run(tmp_path / "run", datasets, init_from=start, sections=sections)
+    for key, value in load_file(tmp_path / "run" / "last" / MODEL).items():
+        torch.testing.assert_close(value, load_file(start)[key])
+    other = tmp_path / "other.safetensors"
+    shape = {k: v for k, v in TINY.items() if k != "arch"} | {"num_classes": 5}
+    header = Header("x", "gradresnet", shape, tuple("abcde"), (0.0, 0.2), 16)
+    save_model(other, build_module(header).state_dict(), header)
+    with pytest.raises(UsageError, match="other"):
+        run(tmp_path / "misfit", datasets, init_from=other)
+
+
+def test_one_flat_folder_is_one_class(datasets: list[Path], tmp_path: Path) -> None:
+    run(tmp_path / "run", datasets[1:], sections={"optim": {"steps": 2}})
+    module, header = load_model(tmp_path / "run" / "last" / MODEL)
+    assert module.num_classes == len(header.classes) == 1
+    assert rows_of(tmp_path / "run")[-1]["val_accuracy_25"] == ""
+
+
+def test_resuming_what_is_no_run(tmp_path: Path, whole: Path) -> None:
+    with pytest.raises(UsageError, match="absent"):
+        train(tmp_path / "absent", device=CPU)
+    (tmp_path / "bad" / "last").mkdir(parents=True)
+    (tmp_path / "bad" / STATE).write_bytes((whole / STATE).read_bytes()[:100])
+    with pytest.raises(UsageError, match="bad"):
+        train(tmp_path / "bad", device=CPU)
+
+
+def test_resuming_with_other_classes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        picture(tmp_path / "data" / name / "1.png", (16, 16))
+    folder = tmp_path / "run"
+    run(folder, [tmp_path / "data"], should_stop=after(1))
+    picture(tmp_path / "data" / "c" / "1.png", (16, 16))
+    with pytest.raises(UsageError, match="'c'"):
+        train(folder, device=CPU)
+
+
+def test_run_folders_never_collide(tmp_path: Path) -> None:
+    parent = tmp_path / "runs"
+    assert new_run_folder(parent).name == "1"
+    (parent / "3").write_text("a file")
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: new_run_folder(parent), range(40)))
+    assert sorted(int(p.name) for p in made) == [2, *range(4, 43)]
+    assert all(p.is_dir() for p in made)
+
+
+# -- two processes --------------------------------------------------------------------------------
+
+
+def worker(rank: int, folder: Path, datasets: list[Path]) -> None:
+    """One of two processes on the CPU; spawned below."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
+    )
+    shared = shared_path(lambda: new_run_folder(folder / "runs"))
+    assert shared == folder / "runs" / "1"
+    assert run(shared, datasets).finished
+    # Only the second process wants to stop; both must.
+    outcome = run(folder / "stopped", datasets, should_stop=after(3 if rank else 100))
+    assert (outcome.step, outcome.finished) == (3, False)
+    with pytest.raises(UsageError, match="batch 5"):
+        run(folder / "odd", datasets, sections={"data": {"batch": 5}})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one_on_the_joined_batch(
+    whole: Path, datasets: list[Path], tmp_path: Path
+) -> None:
+    torch.multiprocessing.spawn(worker, (tmp_path, datasets), nprocs=2)
+    both = tmp_path / "runs" / "1"
+    assert (tmp_path / "stopped" / STATE).exists() and not (tmp_path / "runs" / "2").exists()
+    for one, two in zip(rows_of(whole), rows_of(both), strict=True):
+        assert one["step"] == two["step"] and one["pictures"] == two["pictures"]
+        for name in ("loss", "score_loss", "class_loss", "grad_norm", "val_loss"):
+            if one[name]:
+                assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-4), name
+    x, y = load_file(whole / "last" / MODEL), load_file(both / "last" / MODEL)
+    for key, value in x.items():
+        torch.testing.assert_close(y[key], value, rtol=1e-3, atol=1e-4)
