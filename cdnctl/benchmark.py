@@ -22,7 +22,7 @@ from torch import nn
 from cdnctl import images
 from cdnctl.api import Model, load
 from cdnctl.checkpoints import bundled
-from cdnctl.evaluate import noisy_version, picture_psnr, ssim
+from cdnctl.evaluate import Sample, noisy_version, picture_psnr, ssim
 from cdnctl.restore import Settings, restore
 
 Method = Callable[[np.ndarray, float], np.ndarray]
@@ -143,7 +143,7 @@ def quality(
     files: Sequence[Path], names: Sequence[str], sigmas: Sequence[float], seed: int = 0
 ) -> Iterator[Quality]:
     """Score every method on the same noisy pictures; the yardstick of time is left out."""
-    pictures = [(path.name, images.read(path).pixels) for path in files]
+    pictures = [(Sample(path).key, images.read(path).pixels) for path in files]
     for name in names:
         if name == REFERENCE:
             continue

@@ -33,6 +33,11 @@ class Sample:
     label: str | None = None
     noisy: Path | None = None
 
+    @property
+    def key(self) -> str:
+        """What the picture's noise depends on: the same name in two classes gets its own."""
+        return f"{self.label or ''}/{self.clean.name}"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -139,12 +144,11 @@ def evaluate(
         except ImageError as error:
             yield Row(str(sample.clean), 0.0, label=sample.label, error=str(error))
             continue
-        name = sample.clean.name
         if given is not None:
             yield _score(sample, clean, given, estimate_sigma(given), model)
         else:
             for sigma in sigmas:
-                noisy = noisy_version(clean, sigma, name, seed) if sigma else clean
+                noisy = noisy_version(clean, sigma, sample.key, seed) if sigma else clean
                 yield _score(sample, clean, noisy, sigma, model)
 
 

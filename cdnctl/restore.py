@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -170,6 +171,23 @@ def ranked(model: Model, logits: Tensor) -> dict[str, float]:
     return {model.classes[i]: float(p[i]) for i in p.argsort(descending=True).tolist()}
 
 
+@contextmanager
+def memory_errors(field: Field) -> Iterator[None]:
+    """Turn running out of memory, of any device, into an ImageError that says what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not out and "allocate memory" not in str(error):
+            raise
+        tile = field.tiles[0].read
+        raise ImageError(
+            f"not enough memory for {field.width} x {field.height} pixels in tiles of "
+            f"{tile[1].stop - tile[1].start} x {tile[0].stop - tile[0].start}: "
+            "give a smaller --tile (or --model photo, if the model needs the whole picture)"
+        ) from None
+
+
 @torch.no_grad()
 def restore(image: Image, model: Model, settings: Settings) -> Restored:
     """Denoise one picture. Size, depth, alpha and metadata are those of ``image``."""
@@ -177,7 +195,8 @@ def restore(image: Image, model: Model, settings: Settings) -> Restored:
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot denoise")
     sigma = estimate_sigma(image.pixels) if settings.sigma is None else settings.sigma
     field = Field(model, image.pixels, sigma, settings.tile)
-    correction, logits = field.solve(lambda scores: class_weights(model, scores, settings))
+    with memory_errors(field):
+        correction, logits = field.solve(lambda scores: class_weights(model, scores, settings))
     pixels = image.pixels + np.float32(settings.strength) * correction
     return Restored(image.with_pixels(pixels), sigma, field.seen, ranked(model, logits))
 

@@ -429,9 +429,10 @@ def test_noise_levels_that_cannot_be(good: Path, levels: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        {"widths": [3000]},  # 650 MB, which would be there, but the file does not have them
         {"widths": [10**12]},
         {"widths": [10**30]},
-        {"widths": [2**15]},  # 100 GB: too much for anyone, but no overflow
+        {"widths": [2**15]},  # 38 GB a layer: too much for anyone, but no overflow
         {"widths": [2**15] * 4, "blocks": [9] * 4},
         {"widths": [4] * 10**5, "blocks": [1] * 10**5},
         {"blocks": [10**9]},

@@ -97,7 +97,7 @@ def test_rows_hold_scikit_images_scores(tmp_path: Path, model: Model) -> None:
     file = write(tmp_path / "dog" / "a.tif", clean)
     seed, sigma = 3, SIGMAS[1]
     (row,) = evaluate([Sample(file, "dog")], model, [sigma], seed)
-    noisy = noisy_version(clean, sigma, file.name, seed)
+    noisy = noisy_version(clean, sigma, Sample(file).key, seed)
 
     def restored(c: str | None) -> np.ndarray:
         y = torch.from_numpy(noisy.transpose(2, 0, 1).copy())
@@ -176,7 +176,7 @@ def test_class_folders_give_accuracy(tmp_path: Path, model: Model, split: str) -
     for sigma, summary in zip(SIGMAS, summarise(evaluate(samples, model, SIGMAS)), strict=True):
         right = []
         for sample in samples:
-            noisy = noisy_version(images.read(sample.clean).pixels, sigma, sample.clean.name, 0)
+            noisy = noisy_version(images.read(sample.clean).pixels, sigma, sample.key, 0)
             p = model.posterior(torch.from_numpy(noisy.transpose(2, 0, 1).copy()), sigma)
             right.append(CLASSES[int(p.argmax())] == sample.label)
         assert summary.accuracy == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1

@@ -16,7 +16,7 @@ from tiny import CLASSES, noisy_picture, picture, save_tiny, tiny
 
 from cdnctl import images
 from cdnctl.api import Model
-from cdnctl.errors import UsageError, WeightsError
+from cdnctl.errors import ImageError, UsageError, WeightsError
 from cdnctl.images import Image, Metadata
 from cdnctl.restore import (
     Job,
@@ -445,3 +445,16 @@ def test_metadata_is_stripped_if_wanted(tmp_path: Path) -> None:
         list(run([job], models, Settings(SIGMA), strip_metadata=strip))
         assert (b"secret" in job.output.read_bytes()) == (not strip)
         assert (images.read(job.output).metadata == Metadata()) == strip
+
+
+@pytest.mark.parametrize("message", ["can't allocate memory: 9 bytes", "something else"])
+def test_out_of_memory_is_an_error_that_says_what_helps(
+    model: Model, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(type(model.module), "correction", fail)
+    expected = ImageError if "memory" in message else RuntimeError
+    with pytest.raises(expected, match="--tile" if "memory" in message else message):
+        restore(Image(picture()), model, Settings(SIGMA))

@@ -108,6 +108,8 @@ def explain(
     from cdnctl.restore import estimate_sigma, same_file
     from cdnctl.selection import Models
 
+    if output.suffix.lower() not in images.WRITE_SUFFIXES:
+        raise UsageError(f"-o {str(output)!r} must be a picture file, such as .png")
     if same_file(source, output):
         raise UsageError(f"{str(source)!r} would overwrite itself: choose another output")
     label = None if target == "auto" else target

@@ -96,7 +96,7 @@ def denoise(
 
     settings = Settings(level, wanted, strength, guidance, tile)
     models = Models(model, torch_device, class_names(wanted))
-    printer = Printer(models, sigma == "auto", as_json, quiet)
+    printer = Printer(models, settings, as_json, quiet)
     if STDIO in inputs or output == STDIO:
         if uncertainty is not None:
             raise UsageError("--uncertainty works with files, not with -")
@@ -125,15 +125,21 @@ def denoise(
 
 def _report(results: Iterator[Done], total: int, printer: Printer) -> list[Done]:
     """Print each result as it comes; the failures again at the end. Returns them."""
-    failed = []
-    with progress(total, printer.quiet) as advance:
-        for done in results:
-            if done.restored is None:
-                failed.append(done)
-                printer.failure(done)
-            else:
-                printer.result(done.job.source, done.job.output, done.restored)
-            advance()
+    failed, count = [], 0
+    try:
+        with progress(total, printer.quiet) as advance:
+            for done in results:
+                count += 1
+                if done.restored is None:
+                    failed.append(done)
+                    printer.failure(done)
+                else:
+                    printer.result(done.job.source, done.job.output, done.restored)
+                advance()
+    except KeyboardInterrupt:
+        hint = ": continue with --skip-existing" if total > 1 else ""
+        report_error(f"interrupted after {count} of {total} pictures{hint}")
+        raise typer.Exit(130) from None
     if failed and total > 1:
         report_error(f"{len(failed)} of {total} pictures failed:")
         for done in failed:
@@ -208,8 +214,9 @@ def _write_uncertainty(job: Job, path: Path, models: Models, settings: Settings)
 class Printer:
     """Says how each picture went: a line for people or an object for programs."""
 
-    def __init__(self, models: Models, estimated: bool, as_json: bool, quiet: bool):
-        self.models, self.estimated = models, estimated
+    def __init__(self, models: Models, settings: Settings, as_json: bool, quiet: bool):
+        self.models, self.target = models, settings.target
+        self.estimated = settings.sigma is None
         self.as_json, self.quiet = as_json, quiet
 
     def result(self, source: Path, output: Path, restored: Restored) -> None:
@@ -245,7 +252,7 @@ class Printer:
         elif not self.quiet:
             how = "estimated" if self.estimated else "given"
             parts = [f"{source} -> {output}", f"sigma {level:.1f} ({how})", f"model {model.name}"]
-            if best is not None:
+            if best is not None and (best[1] >= 0.5 or self.target == "auto"):
                 parts.append(f"most probable class {best[0]} ({best[1]:.0%})")
             print(", ".join([*parts, *restored.image.notes]), file=stream, flush=True)
 
