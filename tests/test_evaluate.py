@@ -97,7 +97,7 @@ def test_rows_hold_scikit_images_scores(tmp_path: Path, model: Model) -> None:
     file = write(tmp_path / "dog" / "a.tif", clean)
     seed, sigma = 3, SIGMAS[1]
     (row,) = evaluate([Sample(file, "dog")], model, [sigma], seed)
-    noisy = noisy_version(clean, sigma, Sample(file).key, seed)
+    noisy = noisy_version(clean, sigma, Sample(file, "dog").key, seed)
 
     def restored(c: str | None) -> np.ndarray:
         y = torch.from_numpy(noisy.transpose(2, 0, 1).copy())

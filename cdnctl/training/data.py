@@ -47,11 +47,19 @@ def find_pictures(root: Path, split: str = "train") -> list[Source]:
         if split != "train":
             return []
         base = root
-    found = [Source(p, None) for p in sorted(base.iterdir()) if is_image_path(p)]
-    if not found:
-        for folder in sorted(p for p in base.iterdir() if p.is_dir()):
-            pictures = sorted(p for p in folder.rglob("*") if is_image_path(p))
-            found += [Source(p, folder.name) for p in pictures]
+    found = [Source(p, None) for p in sorted(base.iterdir()) if p.is_file() and is_image_path(p)]
+    classes = [
+        Source(p, folder.name)
+        for folder in sorted(p for p in base.iterdir() if p.is_dir())
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and is_image_path(p)
+    ]
+    if found and classes:
+        raise UsageError(
+            f"{str(base)!r} holds both pictures ({found[0].path.name!r}) and folders of pictures "
+            f"({classes[0].label!r}): are its pictures labelled or not? Move one kind elsewhere"
+        )
+    found += classes
     if not found:
         raise UsageError(
             f"no pictures in {str(base)!r}: expected {root}/CLASS/*.png, "

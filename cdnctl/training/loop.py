@@ -135,11 +135,10 @@ class TrainState:
         self.norm, self.best = scalars["norm"], scalars["best"]
 
     def revert(self) -> None:
-        """Go back to the averaged weights, forget the momentum, and pass over this step."""
+        """Go back to the averaged weights and forget the momentum."""
         _copy_into(self.model, self.ema)
         for values in self.optimizer.state.values():
             values["exp_avg"].zero_()
-        self.step += 1
 
     def average(self, decay: float) -> None:
         """Fold the current weights into their exponential moving average."""
@@ -310,17 +309,17 @@ def train(
                     f"{state.step} of {str(folder)!r}: lower optim.lr and start again"
                 )
             state.revert()
-            continue
-        reverts = 0
-        limit = config.optim.clip * (state.norm or norm)
-        if norm > limit:
-            torch._foreach_mul_(gradients, limit / norm)
-        state.norm = norm if not state.norm else 0.99 * state.norm + 0.01 * min(norm, limit)
-        for p, g in zip(parameters, gradients, strict=True):
-            p.grad = g
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(state.step, config)
-        state.optimizer.step()
+        else:
+            reverts = 0
+            limit = config.optim.clip * (state.norm or norm)
+            if norm > limit:
+                torch._foreach_mul_(gradients, limit / norm)
+            state.norm = 0.99 * state.norm + 0.01 * min(norm, limit) if state.norm else norm
+            for p, g in zip(parameters, gradients, strict=True):
+                p.grad = g
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate(state.step, config)
+            state.optimizer.step()
         state.step += 1
         state.average(config.optim.ema)
         state.seconds = time.monotonic() - started
