@@ -1,6 +1,6 @@
 """Make the README's picture from cat_noisy.png with the bundled photo model.
 
-    python examples/make_figure.py
+python examples/make_figure.py
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ def main() -> None:
     settings = Settings(sigma=SIGMA, target={"cat": 1.0})
     restored = restore(noisy, model, settings).image.pixels
     why = overlay(restored, evidence(model, noisy.pixels, SIGMA, "cat").support)
-    std, _ = posterior_std(noisy.pixels, model, settings)
+    std, _ = posterior_std(noisy.pixels, model, settings, probes=64)
     spread = np.repeat(std / np.percentile(std, 99.5), 3, axis=-1)
     row = np.concatenate([noisy.pixels, restored, why, spread], axis=1)
     iio.imwrite(here / "figure.png", np.rint(np.clip(row, 0, 1) * 255).astype(np.uint8))

@@ -11,14 +11,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FIND = """
-import sys
-sys.path[:] = [p for p in sys.path if "cdnctl" not in p.lower() or p == {place!r}]
-import site
+import site, sys
+before = list(sys.path)
 site.addsitedir({place!r})
-sys.path.insert(0, {place!r})
+added = [p for p in sys.path if p not in before]  # the folder, and what a .pth in it names
+sys.path[:] = added + before
+import cdnctl
 from cdnctl.checkpoints import bundled, read_header
 print({{name: read_header(path).name for name, path in bundled().items()}})
-import cdnctl
 print(cdnctl.__file__)
 """
 

@@ -18,7 +18,7 @@ from torch.nn.functional import avg_pool2d
 from cdnctl.api import Model
 from cdnctl.restore import Field, Settings, class_weights, estimate_sigma
 
-WINDOW = 5  # pixels, over which the variances of a whole picture are averaged
+WINDOW = 9  # pixels, over which the variances of a whole picture are averaged
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def posterior_std(
 
     pixels: float32 (H, W, C) in [0, 1]. Returns the posterior standard deviation of
     each pixel, float32 (H, W, 1) in the unit of the pixels (root mean square over
-    channels, variances averaged over 5 x 5 pixels), and sigma.
+    channels, variances averaged over 9 x 9 pixels), and sigma.
     """
     sigma = estimate_sigma(pixels) if settings.sigma is None else settings.sigma
     field = Field(model, pixels, sigma, settings.tile)
