@@ -11,23 +11,20 @@ import numpy as np
 import cdnctl
 from cdnctl import images
 from cdnctl.analysis.evidence import evidence, overlay
-from cdnctl.analysis.uncertainty import posterior_std
 from cdnctl.restore import Settings, restore
 
 SIGMA = 50 / 255
 
 
 def main() -> None:
-    """Write figure.png: noisy, restored, evidence for "cat", uncertainty, side by side."""
+    """Write figure.png: noisy, restored, evidence for "cat", side by side."""
     here = Path(__file__).parent
     model = cdnctl.load("photo")
     noisy = images.read(here / "cat_noisy.png")
     settings = Settings(sigma=SIGMA, target={"cat": 1.0})
     restored = restore(noisy, model, settings).image.pixels
     why = overlay(restored, evidence(model, noisy.pixels, SIGMA, "cat").support)
-    std, _ = posterior_std(noisy.pixels, model, settings, probes=64)
-    spread = np.repeat(std / np.percentile(std, 99.5), 3, axis=-1)
-    row = np.concatenate([noisy.pixels, restored, why, spread], axis=1)
+    row = np.concatenate([noisy.pixels, restored, why], axis=1)
     iio.imwrite(here / "figure.png", np.rint(np.clip(row, 0, 1) * 255).astype(np.uint8))
 
 
