@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 from cdnctl.checkpoints import Header, build_module, load_model, save_model
 from cdnctl.core.joint import denoise
 from cdnctl.core.losses import score_matching
-from cdnctl.errors import ConfigError, ImageError, TrainingError, UsageError
+from cdnctl.errors import ConfigError, ImageError, SetupError, TrainingError, UsageError
 from cdnctl.training import loop
 from cdnctl.training.config import (
     DataConfig,
@@ -909,3 +910,14 @@ def test_pictures_beside_class_folders_are_a_question_not_a_guess(tmp_path):
         PIL.Image.new("RGB", (4, 4)).save(path)
     with pytest.raises(UsageError, match="both pictures"):
         find_pictures(tmp_path)
+
+
+def test_without_a_compiler_the_error_says_what_to_do(
+    datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise BackendCompilerFailed(fail, RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
+    with pytest.raises(SetupError, match="compile = false"):
+        run(tmp_path / "run", datasets, sections={"run": {"compile": True}})

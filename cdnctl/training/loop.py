@@ -16,12 +16,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from cdnctl.checkpoints import Header, build_module, load_model, save_model, write_atomically
 from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
-from cdnctl.errors import TrainingError, UsageError
+from cdnctl.errors import SetupError, TrainingError, UsageError
 from cdnctl.models import Network
 from cdnctl.training.config import LossConfig, TrainConfig, parse
 from cdnctl.training.data import Batch, Batches, Pictures, load_datasets
@@ -280,7 +281,13 @@ def train(
     reverts = 0
     while state.step < config.optim.steps:
         batch = batches(state.step, rank, world)
-        matching, entropy = objective(model, batch, config.loss)
+        try:
+            matching, entropy = objective(model, batch, config.loss)
+        except BackendCompilerFailed as error:
+            raise SetupError(
+                f"torch.compile does not work here ({str(error).strip().splitlines()[0]}): "
+                "install a C++ compiler (g++), or set compile = false under [run] in the config"
+            ) from None
         rows = config.data.batch
         loss = (config.loss.score * matching + config.loss.classes * entropy).sum() / rows
         gradients = list(torch.autograd.grad(loss, parameters, allow_unused=True))
