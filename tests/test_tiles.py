@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,9 @@ from tiny import noisy_picture, tiny
 from torch import Tensor
 
 from cdnctl import tiles
-from cdnctl.restore import Field
+from cdnctl.api import load
+from cdnctl.images import Image
+from cdnctl.restore import Field, Settings, restore
 
 CPU = torch.device("cpu")
 SIGMA = 0.2
@@ -157,3 +160,17 @@ def test_too_little_margin_is_seen(tmp_path: Path) -> None:
 def test_group_norm_needs_the_whole_picture(tmp_path: Path) -> None:
     model = tiny(tmp_path, norm="group", groups=4)
     assert len(Field(model, noisy_picture(131, 157), SIGMA, 16).tiles) == 1
+
+
+@pytest.mark.parametrize("sigma", [15 / 255, 50 / 255])
+def test_the_bundled_photo_model_in_tiles_equals_the_whole(sigma: float) -> None:
+    """The margin is a measured number, and what it must be depends on the weights."""
+    model = load("photo")
+    clean = skimage.data.astronaut()[:240, :512].astype(np.float32) / 255
+    noise = np.random.default_rng(0).standard_normal(clean.shape, np.float32)
+    noisy = Image(clean + np.float32(sigma) * noise)
+    whole, parts = (
+        restore(noisy, model, Settings(sigma, tile=side)).image.pixels for side in (1024, 448)
+    )
+    assert len(Field(model, noisy.pixels, sigma, 448).tiles) > 1
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
