@@ -661,6 +661,36 @@ def test_the_first_step_is_one_of_adamw(arch: str, datasets: list[Path], tmp_pat
             assert clear.any() and off[clear].max() < 1e-4, name
 
 
+def test_the_first_step_of_muon(datasets: list[Path], tmp_path: Path) -> None:
+    """Convolutions move by an almost orthogonal matrix of AdamW's size; all else as with AdamW."""
+    sections = {"optim": {"steps": 1, "warmup": 0, "lr": 0.1, "weight_decay": 0.0}}
+    run(tmp_path / "adamw", datasets, sections=sections)
+    sections["optim"]["kind"] = "muon"
+    run(tmp_path / "muon", datasets, sections=sections)
+    header = load_model(tmp_path / "muon" / "last" / MODEL)[1]
+    torch.manual_seed(tiny_config().run.seed)
+    before = dict(build_module(header).named_parameters())
+    adamw, muon = state_of(tmp_path / "adamw"), state_of(tmp_path / "muon")
+    for name, start in before.items():
+        if start.ndim != 4:
+            assert torch.equal(muon[f"model.{name}"], adamw[f"model.{name}"]), name
+            continue
+        step = (start.detach() - muon[f"model.{name}"]).flatten(1)
+        size = 0.1 * 0.2 * max(step.shape) ** 0.5
+        values = torch.linalg.svdvals(step) / size
+        # The iteration brings singular values near 1 but for the smallest, which stay below.
+        assert 0.5 < values.max() < 1.35 and values.mean() > 0.3, name
+
+
+def test_muon_goes_on_where_it_stopped(datasets: list[Path], tmp_path: Path) -> None:
+    sections = {"optim": {"kind": "muon"}}
+    run(tmp_path / "whole", datasets, sections=sections)
+    stops = iter([False, False, False, True])
+    run(tmp_path / "parts", datasets, sections=sections, should_stop=lambda: next(stops))
+    train(tmp_path / "parts", device=CPU)
+    same_to_the_bit(tmp_path / "whole", tmp_path / "parts")
+
+
 def broken_losses(at: set[int], factor: float) -> Callable[..., tuple[Tensor, Tensor]]:
     """The losses, times a factor at some calls (counted from 1, validation included)."""
     calls = iter(range(1, 10**9))

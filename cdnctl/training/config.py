@@ -47,8 +47,13 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up and cosine decay to zero, averaged weights, guarded steps."""
+    """Warm-up, cosine decay to zero, averaged weights, guarded steps.
 
+    ``kind`` adamw, or muon: momentum made orthogonal for convolutions (Jordan 2024, scaled
+    to AdamW's step size as by Liu et al. 2025, arXiv 2502.16982), AdamW for the rest.
+    """
+
+    kind: str = "adamw"
     steps: int = 100_000
     lr: float = 2e-3
     warmup: int = 500
@@ -149,6 +154,8 @@ def _check(c: TrainConfig) -> None:
     ):
         if not low <= value <= high:
             raise ConfigError(f"{name} is {value}, but must lie between {low} and {high}")
+    if c.optim.kind not in ("adamw", "muon"):
+        raise ConfigError(f"optim.kind is {c.optim.kind!r}, but must be adamw or muon")
     if c.run.precision not in ("auto", "float32", "bfloat16"):
         raise ConfigError(
             f"run.precision is {c.run.precision!r}, but must be auto, float32 or bfloat16"

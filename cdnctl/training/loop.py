@@ -84,24 +84,44 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 class TrainState:
-    """Everything that a resumed run needs: weights, their average, AdamW, the guard, the step."""
+    """Everything that a resumed run needs: weights, their average, optimizers, guard, step."""
 
     def __init__(self, model: Network, config: TrainConfig):
         self.model = model
         self.ema = {k: v.detach().clone() for k, v in model.named_parameters()}
-        decay: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
-        for parameter in model.parameters():
-            (decay if parameter.ndim > 1 else plain).append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decay, "weight_decay": config.optim.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            fused=True,
-        )
+        # What the optimizers see of each parameter: itself, or for Muon its memory as a matrix.
+        self.leaves: dict[str, Tensor] = {}
+        decay: list[Tensor] = []
+        plain: list[Tensor] = []
+        matrices: list[Tensor] = []
+        for key, parameter in model.named_parameters():
+            leaf: Tensor = parameter
+            if config.optim.kind == "muon" and parameter.ndim == 4:
+                leaf = parameter.detach().view(parameter.shape[0], -1)
+                matrices.append(leaf)
+            else:
+                (decay if parameter.ndim > 1 else plain).append(leaf)
+            self.leaves[key] = leaf
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [
+                    {"params": decay, "weight_decay": config.optim.weight_decay},
+                    {"params": plain, "weight_decay": 0.0},
+                ],
+                lr=config.optim.lr,
+                betas=config.optim.betas,
+                fused=True,
+            )
+        ]
+        if matrices:
+            self.optimizers.append(
+                torch.optim.Muon(
+                    matrices,
+                    lr=config.optim.lr,
+                    weight_decay=config.optim.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
         self.step = 0
         self.seconds = 0.0
         self.norm = 0.0  # running mean of the gradient norm
@@ -111,9 +131,8 @@ class TrainState:
         """Write to a safetensors file, atomically."""
         tensors = {f"model.{k}": v.detach() for k, v in self.model.named_parameters()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
-        for k, p in self.model.named_parameters():
-            for name, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"optimizer.{name}.{k}"] = value
+        for k, slots in self._slots():
+            tensors |= {f"optimizer.{name}.{k}": value for name, value in slots.items()}
         scalars = {"step": self.step, "seconds": self.seconds, "norm": self.norm, "best": self.best}
         metadata = {"run": json.dumps(extra | {"state": scalars})}
         cpu = {k: v.cpu().contiguous() for k, v in tensors.items()}
@@ -126,11 +145,11 @@ class TrainState:
             with torch.no_grad():
                 p.copy_(tensors[f"model.{k}"])
                 self.ema[k].copy_(tensors[f"ema.{k}"])
-            if f"optimizer.step.{k}" in tensors:
-                self.optimizer.state[p] = {
-                    name: tensors[f"optimizer.{name}.{k}"].to(p.device)
-                    for name in ("step", "exp_avg", "exp_avg_sq")
-                }
+        for key, value in tensors.items():
+            part, _, rest = key.partition(".")
+            if part == "optimizer":
+                name, _, k = rest.partition(".")
+                self._state_of(k)[name] = value.to(self.leaves[k].device)
         scalars = read_run(path)["state"]
         self.step, self.seconds = scalars["step"], scalars["seconds"]
         self.norm, self.best = scalars["norm"], scalars["best"]
@@ -138,8 +157,27 @@ class TrainState:
     def revert(self) -> None:
         """Go back to the averaged weights and forget the momentum."""
         _copy_into(self.model, self.ema)
-        for values in self.optimizer.state.values():
-            values["exp_avg"].zero_()
+        for _, slots in self._slots():
+            slots["exp_avg" if "exp_avg" in slots else "momentum_buffer"].zero_()
+
+    def update(self, gradients: Sequence[Tensor], lr: float) -> None:
+        """One step of the optimizers; a gradient, contiguous, for each parameter in order."""
+        for leaf, g in zip(self.leaves.values(), gradients, strict=True):
+            leaf.grad = g.view(leaf.shape)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+    def _state_of(self, key: str) -> dict[str, Tensor]:
+        """What an optimizer remembers of a parameter."""
+        leaf = self.leaves[key]
+        owner = self.optimizers[0 if isinstance(leaf, nn.Parameter) else 1]
+        slots: dict[str, Tensor] = owner.state[leaf]
+        return slots
+
+    def _slots(self) -> list[tuple[str, dict[str, Tensor]]]:
+        return [(key, self._state_of(key)) for key in self.leaves]
 
     def average(self, decay: float) -> None:
         """Fold the current weights into their exponential moving average."""
@@ -322,11 +360,7 @@ def train(
             if norm > limit:
                 torch._foreach_mul_(gradients, limit / norm)
             state.norm = 0.99 * state.norm + 0.01 * min(norm, limit) if state.norm else norm
-            for p, g in zip(parameters, gradients, strict=True):
-                p.grad = g
-            for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate(state.step, config)
-            state.optimizer.step()
+            state.update(gradients, learning_rate(state.step, config))
         state.step += 1
         state.average(config.optim.ema)
         state.seconds = time.monotonic() - started
@@ -356,7 +390,7 @@ def train(
                     score_loss=mean[1],
                     class_loss=mean[2],
                     grad_norm=norm,
-                    lr=state.optimizer.param_groups[0]["lr"],
+                    lr=learning_rate(state.step - 1, config),
                     validation=validation,
                 )
                 _append(folder / "results.csv", progress, config)
