@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,20 @@ def test_noise_of_a_batch() -> None:
         assert share not in (0.0, 1.0) or condition == share
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_some_are_told_less_noise_than_there_is(share: float) -> None:
+    pictures, data = flat_pictures([0] * 8), DataConfig(patch=4, batch=200)
+    plain = NoiseConfig(low=51, high=102)
+    batch = Batches(pictures, data, replace(plain, mismatch=share), LossConfig(), 0)(3)
+    ratio = batch.told / batch.sigma
+    assert ratio.min() >= 0.25 and ratio.max() <= 1
+    assert abs((ratio < 1).float().mean() - share) < 0.1
+    assert share or torch.equal(batch.told, batch.sigma)
+    assert share < 1 or (ratio.min() < 0.3 and abs(ratio.mean() - 0.625) < 0.05)
+    same = Batches(pictures, data, plain, LossConfig(), 0)(3)
+    assert torch.equal(same.noise, batch.noise) and torch.equal(same.sigma, batch.sigma)
+
+
 @pytest.mark.parametrize("n,count", [(100, 7), (100, 500), (95, 9), (19, 5), (9, 5), (50, 0)])
 def test_holdout_is_disjoint_from_training(n: int, count: int) -> None:
     pictures = flat_pictures([0] * n)
@@ -478,14 +493,15 @@ def test_losses_of_a_batch() -> None:
     net = tiny_net()
     clean, noise = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
     sigma = torch.tensor([0.1, 0.2, 0.3, 0.0])
+    told = torch.tensor([0.1, 0.1, 0.3, 0.0])
     labels, condition = torch.tensor([1, 0, -1, 1]), torch.tensor([True, False, False, True])
     config = LossConfig(score_power=0.5)
-    got = loop.losses(net, Batch(clean, noise, sigma, labels, condition), config)
+    got = loop.losses(net, Batch(clean, noise, sigma, told, labels, condition), config)
     noisy = clean + sigma.view(-1, 1, 1, 1) * noise
-    logits = net(noisy, sigma)[1]
+    logits = net(noisy, told)[1]
     for i in range(3):
         w = torch.eye(2)[labels[i]] if condition[i] else None
-        d = denoise(net, noisy[i : i + 1], sigma[i : i + 1], w)
+        d = denoise(net, noisy[i : i + 1], told[i : i + 1], w)
         want = score_matching(d, clean[i : i + 1], sigma[i : i + 1], 0.5)
         torch.testing.assert_close(got[0][i : i + 1], want, rtol=1e-4, atol=1e-5)
         entropy = -logits[i].log_softmax(0)[labels[i]] if labels[i] >= 0 else torch.zeros(())

@@ -32,6 +32,7 @@ class NoiseConfig:
     low: float = 0.0
     high: float = 60.0
     power: float = 1.0  # sigma = low + (high - low) u^power
+    mismatch: float = 0.0  # share of pictures whose noise level is told too low, see Batch
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def _check(c: TrainConfig) -> None:
         ("noise.low", c.noise.low, 0, c.noise.high),
         ("noise.high", c.noise.high, c.noise.low, 255),
         ("noise.power", c.noise.power, 0, 100),
+        ("noise.mismatch", c.noise.mismatch, 0, 1),
         ("loss.score", c.loss.score, 0, 1e9),
         ("loss.classes", c.loss.classes, 0, 1e9),
         ("loss.score_power", c.loss.score_power, -10, 10),

@@ -147,11 +147,17 @@ def _reflect(index: Tensor, size: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean crops, noise and labels; ``condition`` marks who is denoised given its class."""
+    """Clean crops, noise and labels; ``condition`` marks who is denoised given its class.
+
+    ``told`` is what the network hears of sigma. Some pictures may be told less than the
+    truth: such noise is all but impossible under p_told, so score matching at the right
+    level says nothing about it, and without examples the gradient may be anything there.
+    """
 
     clean: Tensor  # (B, 3, p, p) in [0, 1]
     noise: Tensor  # like clean, unit variance
     sigma: Tensor  # (B,) in [0, 1] pixel units
+    told: Tensor  # (B,): sigma, or for some pictures a quarter of it to all of it
     labels: Tensor  # (B,) int64, -1 unlabelled
     condition: Tensor  # (B,) bool
 
@@ -219,12 +225,15 @@ class Batches:
         else:  # on the device itself: host normals would starve a GPU
             on_device = torch.Generator(device).manual_seed(g.initial_seed())
             noise = torch.randn(b, 3, p, p, generator=on_device, device=device)
+        short = torch.rand(b, generator=g) < self.noise.mismatch
+        told = torch.where(short, sigma * (0.25 + 0.75 * torch.rand(b, generator=g)), sigma)
         rows = slice(rank, None, world)
         which, corner, turn = which[rows], corner[rows], turn[rows]
         return Batch(
             clean=self.pictures.crops(which, corner[:, 0], corner[:, 1], turn, p),
             noise=noise[rows],
             sigma=sigma[rows].to(device),
+            told=told[rows].to(device),
             labels=labels[rows].to(device),
             condition=condition[rows].to(device),
         )

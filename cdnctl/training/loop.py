@@ -67,7 +67,7 @@ def losses(model: Network, batch: Batch, config: LossConfig) -> tuple[Tensor, Te
         return torch.where(batch.condition[:, None], one_hot.to(p.dtype), p)
 
     noisy = batch.clean + batch.sigma.view(-1, 1, 1, 1) * batch.noise
-    denoised, logits = model(noisy, batch.sigma, weights)
+    denoised, logits = model(noisy, batch.told, weights)
     # A noise level of zero has no score to match; 1/255 bounds the weight.
     sigma = batch.sigma.clamp_min(1 / 255)
     matching = score_matching(denoised, batch.clean, sigma, config.score_power)
