@@ -11,12 +11,15 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tiny import CLASSES, noisy_picture, picture, tiny
 
-from cdnctl import images
+import cdnctl.evaluate
+from cdnctl import images, restore
 from cdnctl.api import Model
 from cdnctl.errors import UsageError
 from cdnctl.evaluate import (
     Row,
     Sample,
+    batch_size,
+    batches,
     evaluate,
     find_samples,
     noisy_version,
@@ -245,6 +248,97 @@ def test_an_unreadable_picture_gives_a_row_with_its_error(tmp_path: Path, model:
     assert "0a.png" in str(bad.error) and bad.psnr is None
     assert {(r.file, r.sigma): r for r in found if r.error is None} == good
     assert [s.pictures for s in summarise(found)] == [2, 2]
+
+
+# -- batches --------------------------------------------------------------------------------
+
+
+def mixed_folder(tmp_path: Path) -> list[Sample]:
+    """Pictures of three shapes by turns, colour and gray, and one that cannot be read."""
+    shapes = [(20, 24, 3), (24, 20, 3), (20, 24, 1), (20, 24, 3), (17, 9, 3)]
+    samples = []
+    for i, shape in enumerate(2 * shapes):
+        path = write(tmp_path / f"{i}.tif", picture(*shape, top=20 * i))
+        samples.append(Sample(path, CLASSES[i % 3] if i % 4 else None))
+    samples[3].clean.write_text("no picture")
+    samples[-1].clean.write_text("nor this")
+    return samples
+
+
+def test_rows_come_in_order(tmp_path: Path, model: Model) -> None:
+    samples = mixed_folder(tmp_path)
+    found = [(row.file, row.sigma, row.error is None) for row in evaluate(samples, model, SIGMAS)]
+    expected = []
+    for sample in samples:
+        good = sample not in (samples[3], samples[-1])
+        expected += [(str(sample.clean), s, good) for s in (SIGMAS if good else [0.0])]
+    assert found == expected
+
+
+@pytest.mark.parametrize("arch", ["gradresnet", "classifier", "unet"])
+@pytest.mark.parametrize("norm", ["pixel", "group"])
+def test_a_batch_gives_what_each_picture_gives_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, norm: str
+) -> None:
+    network = tiny(tmp_path, arch, norm=norm)
+    samples, levels = mixed_folder(tmp_path / "in"), [0.0, *SIGMAS]
+    assert batch_size(network, 20, 24) > len(samples)
+    together = list(evaluate(samples, network, levels))
+    with monkeypatch.context() as patch:
+        patch.setattr(cdnctl.evaluate, "BATCH_PIXELS_CPU", 1)
+        assert batch_size(network, 20, 24) == 1
+        alone = list(evaluate(samples, network, levels))
+    assert [r.error for r in together] == [r.error for r in alone]
+    for a, b in zip(together, alone, strict=True):
+        assert (a.file, a.sigma, a.predicted) == (b.file, b.sigma, b.predicted)
+        for name in ("psnr_noisy", "psnr", "ssim", "psnr_class"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name), abs=1e-4), name
+        good = a.error is None
+        assert (a.psnr is not None) == (good and arch != "classifier" and a.sigma > 0)
+        assert (a.predicted is not None) == (good and arch != "unet" and a.label is not None)
+        assert (a.psnr_class is None) == (a.psnr is None or a.predicted is None)
+
+
+def test_tiles_give_what_the_whole_gives(
+    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Big pictures go alone and in tiles; class scores are those of the whole picture."""
+    sample = Sample(write(tmp_path / "a.tif", picture(130, 70)), "dog")
+    (whole,) = evaluate([sample], model, SIGMAS[1:])
+    monkeypatch.setattr(restore, "DEFAULT_TILE", 64)
+    monkeypatch.setattr(cdnctl.evaluate, "BATCH_PIXELS_CPU", 1)
+    assert len(restore.Field(model, picture(130, 70), 0.1).tiles) > 1
+    (tiled,) = evaluate([sample], model, SIGMAS[1:])
+    assert tiled.predicted == whole.predicted
+    assert tiled.psnr == pytest.approx(whole.psnr, abs=1e-3)
+    assert tiled.psnr_class == pytest.approx(whole.psnr_class, abs=1e-3)
+
+
+@pytest.mark.parametrize("limit", [0, 2000, 10**9])
+def test_batches_lose_nothing_and_hold_little(
+    model: Model, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(cdnctl.evaluate, "BATCH_PIXELS_CPU", 3000)
+    monkeypatch.setattr(cdnctl.evaluate, "WAITING_PIXELS", limit)
+    rng = np.random.default_rng(0)
+    kinds = [(20, 24, 0), (20, 24, 1), (24, 20, 0), (10, 10, 0), (100, 100, 0)]
+    items = [(i, kinds[k]) for i, k in enumerate(rng.integers(0, len(kinds), 200))]
+    taken: list[tuple[int, tuple[int, ...]]] = []
+    given: list[tuple[int, tuple[int, ...]]] = []
+
+    def take():
+        for item in items:
+            taken.append(item)
+            yield item
+
+    for group in batches(take(), lambda item: item[1], model):
+        if len(taken) < len(items):
+            held = {item for item in taken if item not in given}
+            assert sum(h * w for _, (h, w, _) in held - {taken[-1]}) <= limit
+        given += group
+        ((height, width, _),) = {item[1] for item in group}
+        assert len(group) <= batch_size(model, height, width)
+    assert sorted(given) == items
 
 
 # -- summaries ------------------------------------------------------------------------------
