@@ -2,12 +2,13 @@
 
 ::
 
-    bytes ──decode──▶ samples in the file's dtype ──▶ Image: float32 pixels in [0, 1]
-                                                       + alpha, EXIF, ICC profile, …
-    Image ──with_pixels(denoised)──▶ Image ──encode──▶ bytes ──write──▶ file
+    bytes ──decode──▶ Image: samples in the file's dtype + alpha, EXIF, ICC profile, …
+    samples ──to_unit──▶ float32 pixels in [0, 1] ──from_unit──▶ samples
+    Image ──encode──▶ bytes ──write──▶ file
 
-Depth is what the file's header says, never a guess from the values. Pixels are clipped and
-rounded in one place only, when an `Image` is encoded to whole numbers.
+Depth is what the file's header says, never a guess from the values. A picture stays in its own
+dtype, which for most is a quarter of the memory of floats; `to_unit` and `from_unit` also take
+parts of it. Pixels are clipped and rounded in `from_unit` only.
 
 **Colour under alpha 0** cannot be seen, and is often black. A filter that mixes neighbours
 would draw it into the visible edge as a dark fringe. So `read` gives such pixels the colour of
@@ -22,6 +23,7 @@ float, 16-bit colour or LZW-packed 16-bit TIFF either, so TIFF pixels are read b
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import math
@@ -29,6 +31,7 @@ import os
 import secrets
 import shutil
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -44,7 +47,10 @@ import PIL.ImageCms
 import PIL.ImageOps
 import tifffile
 
-from cdnctl.errors import ImageError
+from cdnctl.errors import ImageError, SetupError
+
+PEAK = 255
+"""Of the scale on which people state noise levels; [0, 1] everywhere behind the border."""
 
 MAX_PIXELS = 1_000_000_000
 """Pictures with more pixels than this are refused before they are decoded."""
@@ -100,6 +106,32 @@ for _library in ("tifffile", "PIL"):
     logging.getLogger(_library).setLevel(logging.CRITICAL + 1)
 
 
+class _Quiet:
+    """Context without warnings. Unlike `warnings.catch_warnings`, threads may share it: the
+    first that enters turns them off, the last that leaves turns them on again."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._context = warnings.catch_warnings()
+                self._context.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *details: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._context.__exit__(None, None, None)
+
+
+quiet = _Quiet()
+"""The one such context of the process."""
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What a file says about its picture. All of it is optional."""
@@ -120,11 +152,9 @@ class Metadata:
 class Image:
     """A picture and all that its file says about it."""
 
-    pixels: np.ndarray
-    """float32 (H, W, C), C = 1 (grayscale) or 3 (RGB), upright. From [0, 1]; pixels of a
-    floating point file are as the file has them, and may lie outside."""
-    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
-    """Type of the file's samples: uint8, uint16, uint32, float16, float32 or float64."""
+    samples: np.ndarray
+    """(H, W, C), C = 1 (grayscale) or 3 (RGB), upright, of dtype uint8, uint16, uint32, float16,
+    float32 or float64. Floats are as the file has them, and may lie outside of [0, 1]."""
     alpha: np.ndarray | None = None
     """(H, W) in ``dtype``, not multiplied into the pixels."""
     metadata: Metadata = field(default_factory=Metadata)
@@ -136,11 +166,29 @@ class Image:
     lossless: bool = True
     """Whether the file that was read had been coded without loss; WebP is written likewise."""
 
-    def with_pixels(self, pixels: np.ndarray) -> Image:
-        """Return this picture with other pixels, float32 (H, W, C) of the same shape."""
-        if pixels.shape != self.pixels.shape:
-            raise ValueError(f"pixels have shape {pixels.shape}, not {self.pixels.shape}")
-        return replace(self, pixels=pixels)
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the samples."""
+        return self.samples.dtype
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """float32 (H, W, C), whole numbers scaled to [0, 1]: a copy, made anew each time."""
+        return to_unit(self.samples)
+
+    @staticmethod
+    def of(pixels: np.ndarray, dtype: Any = np.uint8) -> Image:
+        """A picture of float pixels (H, W, C), without alpha or metadata."""
+        return Image(from_unit(pixels, np.dtype(dtype)))
+
+    def with_samples(self, samples: np.ndarray) -> Image:
+        """Return this picture with other samples of the same shape and dtype."""
+        old = self.samples
+        if (samples.shape, samples.dtype) != (old.shape, old.dtype):
+            raise ValueError(
+                f"samples are {samples.dtype} {samples.shape}, not {old.dtype} {old.shape}"
+            )
+        return replace(self, samples=samples)
 
 
 def is_image_path(path: Path) -> bool:
@@ -152,29 +200,48 @@ def is_image_path(path: Path) -> bool:
 
 
 def read(source: Path | BinaryIO) -> Image:
-    """Read one picture from a path or from an open binary file.
+    """Read one picture from a path or from an open binary file: `load` and `decode`."""
+    if isinstance(source, (str, Path)):
+        return decode(load(Path(source)), os.fspath(source))
+    return decode(source.read(), "standard input")
 
-    The format is told by the content; the suffix only helps with camera raw and TGA, which
-    have no signature of their own.
+
+def load(path: Path) -> bytes:
+    """Read the bytes of a file.
 
     Raises:
-        ImageError: for whatever keeps the file from being read in full.
+        ImageError: when it cannot be read.
     """
-    name = os.fspath(source) if isinstance(source, (str, Path)) else "standard input"
     try:
-        data = Path(source).read_bytes() if isinstance(source, (str, Path)) else source.read()
-        # The decoders warn about oddities that are either harmless or an error anyway.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _decode(data, Path(name).suffix.lower())
-    except ImageError as error:
-        raise ImageError(f"cannot read '{name}': {error}") from None
+        return path.read_bytes()
     except FileNotFoundError:
         reason = "there is no such file; check the path"
     except IsADirectoryError:
         reason = "it is a folder; name the pictures in it, or the folder with a recursive option"
     except PermissionError:
         reason = "permission denied; make the file readable first"
+    except MemoryError:
+        reason = "there is not enough memory for it"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise ImageError(f"cannot read '{path}': {reason}")
+
+
+def decode(data: bytes, name: str) -> Image:
+    """Decode the content of a file.
+
+    The format is told by the content; the suffix of the name only helps with camera raw and
+    TGA, which have no signature of their own.
+
+    Raises:
+        ImageError: for whatever keeps the file from being decoded in full.
+    """
+    try:
+        # The decoders warn about oddities that are either harmless or an error anyway.
+        with quiet:
+            return _decode(data, Path(name).suffix.lower())
+    except ImageError as error:
+        raise ImageError(f"cannot read '{name}': {error}") from None
     except PIL.UnidentifiedImageError:
         reason = "not a picture in a format known here; convert it to PNG or TIFF first"
     except MemoryError:
@@ -211,17 +278,18 @@ def _build(
     channels = samples.shape[2]
     alpha = np.ascontiguousarray(samples[:, :, -1]) if channels in (2, 4) else None
     colour = samples if alpha is None else samples[:, :, :-1]
-    pixels = _to_unit(colour)
     hidden = None
     if alpha is not None:
         invisible = alpha == 0
         if invisible.any() and not invisible.all():
             hidden = colour[invisible]
-            pixels[invisible] = pixels[_nearest(invisible)]
-    return Image(pixels, samples.dtype, alpha, metadata, tuple(notes), hidden, lossless)
+            colour = colour.copy()
+            colour[invisible] = colour[_nearest(invisible)]
+    colour = np.ascontiguousarray(colour)
+    return Image(colour, alpha, metadata, tuple(notes), hidden, lossless)
 
 
-def _to_unit(samples: np.ndarray) -> np.ndarray:
+def to_unit(samples: np.ndarray) -> np.ndarray:
     """Scale samples of any dtype to float32, whole numbers to [0, 1]; always a fresh array."""
     if samples.dtype.kind == "f":
         return np.array(samples, np.float32)
@@ -522,14 +590,14 @@ def _tiff_samples(page: tifffile.TiffPage, notes: list[str]) -> np.ndarray:
     full = np.iinfo(samples.dtype).max if whole else 1.0
     if whole and bits < samples.dtype.itemsize * 8:
         notes.append(f"{bits}-bit samples stored as {samples.dtype.name}")
-        samples = _round(samples / (2**bits - 1), samples.dtype)
+        samples = from_unit(samples / (2**bits - 1), samples.dtype)
     if kind == 0:  # 0 is white
         samples[:, :, :1] = full - samples[:, :, :1]
     if channels > base and 1 in page.extrasamples:  # colours multiplied by alpha
         notes.append("premultiplied alpha converted to straight alpha")
         alpha = samples[:, :, -1:].astype(np.float64)
         straight = samples[:, :, :-1] / np.where(alpha == 0, np.inf, alpha)
-        samples[:, :, :-1] = _round(straight, samples.dtype) if whole else straight
+        samples[:, :, :-1] = from_unit(straight, samples.dtype) if whole else straight
     return samples
 
 
@@ -719,12 +787,11 @@ def encode(image: Image, suffix: str) -> bytes:
         ImageError: when the format cannot hold the picture; see also `conversions`.
     """
     conversions(image, suffix)
-    if not np.isfinite(image.pixels).all():
+    if image.dtype.kind == "f" and not np.isfinite(image.samples).all():
         raise ImageError("the pixels to write are not all finite numbers")
     samples = _samples(image, _target_dtype(image, suffix))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet:
             if suffix == ".png":
                 return _encode_png(samples, image.metadata)
             if suffix in (".tif", ".tiff"):
@@ -743,6 +810,7 @@ def write(image: Image, path: Path, *, strip_metadata: bool = False) -> tuple[st
 
     The file appears under its name only when it is complete: it is written beside it first,
     and whatever goes wrong, a keyboard interrupt included, leaves no part of it behind.
+    `encode` and `save` in one.
 
     Args:
         image: The picture.
@@ -753,16 +821,32 @@ def write(image: Image, path: Path, *, strip_metadata: bool = False) -> tuple[st
     Raises:
         ImageError: when the picture cannot be written there.
     """
+    if strip_metadata:
+        image = replace(image, metadata=Metadata())
+    suffix = path.suffix.lower()
+    try:
+        data = encode(image, suffix)
+    except ImageError as error:
+        raise ImageError(f"cannot write '{path}': {error}") from None
+    save(data, path)
+    return conversions(image, suffix)
+
+
+def save(data: bytes, path: Path) -> None:
+    """Write the bytes of a file, all or nothing; an existing file keeps its permissions.
+
+    Raises:
+        ImageError: when it cannot be written there.
+        SetupError: when the disk is full.
+    """
     # Through a symbolic link, so that the link stays and its target is replaced.
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".cdnctl-{secrets.token_hex(8)}.tmp")
     try:
         if target.exists() and not target.is_file():
-            raise ImageError("it is not a regular file; choose another name")
-        if strip_metadata:
-            image = replace(image, metadata=Metadata())
-        suffix = path.suffix.lower()
-        data = encode(image, suffix)
+            raise ImageError(
+                f"cannot write '{path}': it is not a regular file; choose another name"
+            )
         try:
             with open(temporary, "xb") as file:
                 file.write(data)
@@ -772,14 +856,16 @@ def write(image: Image, path: Path, *, strip_metadata: bool = False) -> tuple[st
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        return conversions(image, suffix)
-    except ImageError as error:
-        raise ImageError(f"cannot write '{path}': {error}") from None
+        return
     except (FileNotFoundError, NotADirectoryError):
         reason = f"there is no folder '{path.parent}'; create it first"
     except PermissionError:
         reason = "permission denied; choose a folder that you may write to"
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SetupError(
+                f"cannot write '{path}': the disk is full; make room, then run again"
+            ) from None
         reason = f"{error}; choose another place"
     raise ImageError(f"cannot write '{path}': {reason}")
 
@@ -790,8 +876,13 @@ def _target_dtype(image: Image, suffix: str) -> np.dtype[Any]:
     return image.dtype if image.dtype.name in names else np.dtype(names[-1])
 
 
-def _round(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """Turn values in [0, 1] into whole numbers of a dtype; values outside are clipped."""
+def from_unit(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Turn float pixels into samples of a dtype: the inverse of `to_unit`.
+
+    For whole numbers, values in [0, 1] are scaled and rounded, and values outside are clipped.
+    """
+    if dtype.kind == "f":
+        return values.astype(dtype)
     full = np.iinfo(dtype).max
     # float32 has 24 bits: enough to hit each of 16, not each of 32.
     wide = np.float64 if dtype.itemsize > 2 else np.float32
@@ -803,12 +894,9 @@ def _samples(image: Image, dtype: np.dtype[Any]) -> np.ndarray:
     """Return colours and alpha as samples (H, W, 1 to 4) of a dtype."""
 
     def cast(values: np.ndarray) -> np.ndarray:
-        if values.dtype == dtype and values is not image.pixels:
-            return values
-        unit = values if values is image.pixels else _to_unit(values)
-        return unit.astype(dtype) if dtype.kind == "f" else _round(unit, dtype)
+        return values if values.dtype == dtype else from_unit(to_unit(values), dtype)
 
-    samples = cast(image.pixels)
+    samples = cast(image.samples)
     if image.alpha is None:
         return np.ascontiguousarray(samples)
     if image.hidden is not None:

@@ -1,14 +1,11 @@
-"""Restoring pictures: one Image to another, and many files to many files."""
+"""Restoring pictures: one Image to another, in tiles if it is large."""
 
 from __future__ import annotations
 
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,15 +13,16 @@ from torch import Tensor
 
 from cdnctl import images, tiles
 from cdnctl.api import Model
-from cdnctl.errors import CdnctlError, ImageError, UsageError
+from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
 from cdnctl.models import Weights
-from cdnctl.selection import Models
+from cdnctl.runtime import available_memory
 
 AUTO = "auto"
 
 # A tile of this many pixels a side needs about 1 GB with the compact models.
 DEFAULT_TILE = 1024
+MIN_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,8 @@ class Settings:
     target: str | Mapping[str, float] | None = None  # "auto", a mixture of classes, or none
     strength: float = 1.0  # 0 gives the input back, 1 the denoised picture
     guidance: float = 1.0  # D + guidance (D_c - D)
-    tile: int | None = None  # side in pixels; None: DEFAULT_TILE
+    tile: int | None = None  # side in pixels; None: as large as ``memory`` allows
+    memory: int | None = None  # bytes for the network's work; None: half of what is free
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
@@ -57,7 +56,9 @@ class Restored:
 
 
 class Field:
-    """A picture as the network sees it: (C, H, W) on the host, in planned tiles.
+    """A picture as the network sees it: in planned tiles, made from samples as they are needed.
+
+    pixels: (H, W, C) samples of any dtype, which stay on the host as they are.
 
     Grayscale pictures are repeated over the network's channels. Their noise is then
     the same in all of them, so it lies on the gray axis alone, where it is sqrt(C)
@@ -65,21 +66,38 @@ class Field:
     times that factor, the noise level at which it would see as much noise on that axis.
     """
 
-    def __init__(self, model: Model, pixels: np.ndarray, sigma: float, tile: int | None = None):
+    def __init__(
+        self,
+        model: Model,
+        pixels: np.ndarray,
+        sigma: float,
+        tile: int | None = None,
+        watch: Callable[[float], None] = lambda share: None,
+    ):
         config = model.module.config
         self.model = model
+        self.pixels = pixels
         self.sigma = sigma
         self.height, self.width, channels = pixels.shape
         self.repeat = config.channels if channels == 1 else 1
         self.seen = sigma * self.repeat**0.5
-        y = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        self.picture = tiles.pad_to_multiple(y, config.multiple)
-        height, width = self.picture.shape[1:]
-        # Group norm needs the whole picture at once; everything else goes tile by tile.
-        whole = config.norm == "group"
-        side = max(height, width) if whole else (tile or DEFAULT_TILE)
+        # Extended by mirroring to what the network works on: whole cells.
+        height, width = (n + -n % config.multiple for n in (self.height, self.width))
+        side = max(height, width) if config.whole else (tile or DEFAULT_TILE)
         self.tiles = tiles.plan(height, width, side, config.margin, config.multiple)
         self.cells = height * width // config.multiple**2
+        self._watch, self._seen = watch, 0
+
+    def read(self, box: tiles.Box) -> Tensor:
+        """Rows and columns of the extended picture: (C, h, w), float32 on the host."""
+        block = self.pixels
+        for axis, (part, size) in enumerate(zip(box, (self.height, self.width), strict=True)):
+            if part.stop > size:
+                index = tiles.reflected(part.start, part.stop, size)
+                block = np.take(block, index, axis)
+            else:
+                block = block[part] if axis == 0 else block[:, part]
+        return torch.from_numpy(np.ascontiguousarray(images.to_unit(block).transpose(2, 0, 1)))
 
     def logits(self) -> Tensor:
         """Class scores of the whole picture, (K,)."""
@@ -87,13 +105,14 @@ class Field:
         if not module.classifies:
             return torch.zeros(module.num_classes)
         mean = tiles.mean_of_cells(
-            lambda y: module.class_features(self.repeated(y), self.seen),
-            self.picture,
+            self._counted(lambda y: module.class_features(self.repeated(y), self.seen)),
+            self.read,
             self.tiles,
             self.model.device,
             module.config.multiple,
         )
-        scores: Tensor = module.head.linear(mean.to(self.model.device)).cpu()
+        weight = module.head.linear.weight
+        scores: Tensor = module.head.linear(mean.to(weight)).cpu()
         return scores
 
     def repeated(self, y: Tensor) -> Tensor:
@@ -109,44 +128,102 @@ class Field:
         )
         return correction.mean(1, keepdim=True) if self.repeat > 1 else correction
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Iterator[tuple[tiles.Box, np.ndarray]]:
+        """Apply a function of tiles, (B, C, h, w) to the same: places in the picture, and the
+        (h, w, C) that belongs there."""
+        results = tiles.run(self._counted(function), self.read, self.tiles, self.model.device)
+        for (rows, columns), out in results:
+            rows, columns = _clipped(rows, self.height), _clipped(columns, self.width)
+            h, w = rows.stop - rows.start, columns.stop - columns.start
+            if h > 0 and w > 0:
+                yield (rows, columns), out[:, :h, :w].permute(1, 2, 0).numpy()
+
     def over_tiles(self, function: Callable[[Tensor], Tensor]) -> np.ndarray:
         """Apply a function of tiles, (B, C, h, w) to the same, to the picture: (H, W, C)."""
-        out = tiles.run(function, self.picture, self.tiles, self.model.device)
-        return out[:, : self.height, : self.width].permute(1, 2, 0).contiguous().numpy()
+        result = np.empty(self.pixels.shape, np.float32)
+        for place, values in self.each(function):
+            result[place] = values
+        return result
+
+    def stream(
+        self, choose: Callable[[Tensor], Tensor]
+    ) -> tuple[Iterator[tuple[tiles.Box, np.ndarray]], Callable[[], Tensor]]:
+        """Correction, place by place as from `each`, for the class weights that ``choose``
+        makes of the class scores, (K,) to (K,); and the scores, there with the first place.
+
+        A picture of one tile takes a single pass.
+        """
+        seen: list[Tensor] = []
+        if len(self.tiles) > 1:
+            seen.append(self.logits())
+            weights: Weights = choose(seen[0])
+        else:
+
+            def weights(logits: Tensor) -> Tensor:
+                seen.append(logits[0].cpu())
+                return choose(seen[0]).to(logits.device)
+
+        return self.each(lambda y: self.correct(y, weights)), lambda: seen[0]
 
     def solve(self, choose: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, Tensor]:
-        """Correction, (H, W, C), for the class weights that ``choose`` makes of the class
-        scores, (K,) to (K,), and the scores. A picture of one tile takes a single pass."""
-        if len(self.tiles) > 1:
-            logits = self.logits()
-            return self.correction(choose(logits)), logits
-        seen: list[Tensor] = []
-
-        def weights(logits: Tensor) -> Tensor:
-            seen.append(logits[0].cpu())
-            return choose(seen[0]).to(logits.device)
-
-        return self.over_tiles(lambda y: self.correct(y, weights)), seen[0]
+        """What `stream` gives, at once: the correction, (H, W, C), and the class scores."""
+        result = np.empty(self.pixels.shape, np.float32)
+        places, scores = self.stream(choose)
+        for place, values in places:
+            result[place] = values
+        return result, scores()
 
     def correction(self, weights: Tensor) -> np.ndarray:
         """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C)."""
         return self.over_tiles(lambda y: self.correct(y, weights))
 
+    def _counted(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The function, with the share of the work that is done told to who watches."""
+        # Pictures of several tiles take a pass for the class scores before that of the pixels.
+        passes = 2 if len(self.tiles) > 1 and self.model.module.classifies else 1
+
+        def run(y: Tensor) -> Tensor:
+            out = function(y)
+            self._seen += len(y)
+            self._watch(min(1.0, self._seen / (passes * len(self.tiles))))
+            return out
+
+        return run
+
+
+def _clipped(part: slice, size: int) -> slice:
+    return slice(part.start, min(part.stop, size))
+
 
 def estimate_sigma(pixels: np.ndarray) -> float:
-    """Standard deviation of the noise in float pixels (H, W, C), in their unit, by
+    """Standard deviation of the noise in pixels (H, W, C), in [0, 1] pixel units, by
     scikit-image's wavelet estimator (Donoho and Johnstone 1994), averaged over channels.
 
-    0 for pictures too small or too flat to tell.
+    Any dtype, see `images.to_unit`. Large pictures are judged by a sample of them. 0 for
+    pictures too small or too flat to tell.
     """
     from skimage.restoration import estimate_sigma as estimate
 
+    pixels = images.to_unit(_sample(pixels))
     if min(pixels.shape[:2]) < 4:
         return 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # flat pictures: the mean of nothing
+    with images.quiet:  # flat pictures: the mean of nothing
         sigma = float(estimate(pixels, channel_axis=-1, average_sigmas=True))
     return sigma if math.isfinite(sigma) else 0.0
+
+
+def _sample(pixels: np.ndarray, side: int = 256, count: int = 8) -> np.ndarray:
+    """At most count x count evenly spaced squares of a picture, (H, W, C), as a mosaic.
+
+    Each starts at even rows and columns, so that wavelets of two pixels see the same pairs.
+    """
+    for axis in (0, 1):
+        size = pixels.shape[axis]
+        if size > side * count:
+            starts = np.linspace(0, size - side, count).astype(int) // 2 * 2
+            index = (starts[:, None] + np.arange(side)).ravel()
+            pixels = np.take(pixels, index, axis)
+    return pixels
 
 
 def class_weights(model: Model, logits: Tensor, settings: Settings) -> Tensor:
@@ -171,14 +248,20 @@ def ranked(model: Model, logits: Tensor) -> dict[str, float]:
     return {model.classes[i]: float(p[i]) for i in p.argsort(descending=True).tolist()}
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of any device has run out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
 @contextmanager
 def memory_errors(field: Field) -> Iterator[None]:
     """Turn running out of memory, of any device, into an ImageError that says what helps."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        out = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not out and "allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         tile = field.tiles[0].read
         raise ImageError(
@@ -188,17 +271,129 @@ def memory_errors(field: Field) -> Iterator[None]:
         ) from None
 
 
+def default_tile(model: Model, memory: int | None = None) -> int:
+    """Side of tiles, DEFAULT_TILE or its half: what fits into ``memory`` bytes, or without a
+    number into half of what is free."""
+    budget = available_memory(model.device) // 2 if memory is None else memory
+    side = DEFAULT_TILE
+    while side > MIN_TILE and side**2 * model.module.config.bytes_per_pixel > budget:
+        side //= 2
+    return side
+
+
+def batch_size(height: int, width: int) -> int:
+    """How many pictures of one size go through the network together.
+
+    It depends on the size alone, and smaller batches are filled up: kernels may round
+    differently for another number of pictures, but not for other neighbours. So a picture
+    comes out the same to the bit alone, in a folder, and in whatever order.
+    """
+    return max(1, min(32, 2**16 // (height * width)))
+
+
 @torch.no_grad()
-def restore(image: Image, model: Model, settings: Settings) -> Restored:
-    """Denoise one picture. Size, depth, alpha and metadata are those of ``image``."""
+def restore(
+    image: Image,
+    model: Model,
+    settings: Settings,
+    watch: Callable[[float], None] = lambda share: None,
+) -> Restored:
+    """Denoise one picture. Size, depth, alpha and metadata are those of ``image``.
+
+    watch: told the share of the work that is done, now and then. ImageError if memory
+    does not suffice; without a ``settings.tile`` smaller tiles are tried first.
+    """
+    _need_denoiser(model)
+    if batch_size(*image.samples.shape[:2]) > 1:
+        return restore_batch([image], model, settings)[0]
+    sigma = estimate_sigma(image.samples) if settings.sigma is None else settings.sigma
+    tile = settings.tile or default_tile(model, settings.memory)
+    while True:
+        field = Field(model, image.samples, sigma, tile, watch)
+        smaller = (field.tiles[0].read[0].stop, field.tiles[0].read[1].stop)
+        try:
+            with memory_errors(field):
+                samples, logits = _blend(image, field, settings)
+            break
+        except ImageError:
+            tile = max(smaller) // 2
+            if settings.tile or model.module.config.whole or tile < 2 * model.module.config.margin:
+                raise
+    return Restored(image.with_samples(samples), sigma, field.seen, ranked(model, logits))
+
+
+def _blend(image: Image, field: Field, settings: Settings) -> tuple[np.ndarray, Tensor]:
+    """Samples of the restored picture, and the class scores."""
+    places, scores = field.stream(lambda found: class_weights(field.model, found, settings))
+    result = np.empty_like(image.samples)
+    for place, correction in places:
+        result[place] = _step(image.samples[place], correction, settings)
+    return result, scores()
+
+
+def _step(samples: np.ndarray, correction: np.ndarray, settings: Settings) -> np.ndarray:
+    """Samples (h, w, C) moved along their correction, in [0, 1] pixel units, in their dtype."""
+    if settings.strength == 0:
+        return samples
+    if not np.isfinite(correction).all():
+        raise ImageError("the network gave numbers that are not finite; check --sigma and --model")
+    pixels = images.to_unit(samples) + np.float32(settings.strength) * correction
+    return images.from_unit(pixels, samples.dtype)
+
+
+def _need_denoiser(model: Model) -> None:
     if not model.module.denoises:
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot denoise")
-    sigma = estimate_sigma(image.pixels) if settings.sigma is None else settings.sigma
-    field = Field(model, image.pixels, sigma, settings.tile)
-    with memory_errors(field):
-        correction, logits = field.solve(lambda scores: class_weights(model, scores, settings))
-    pixels = image.pixels + np.float32(settings.strength) * correction
-    return Restored(image.with_pixels(pixels), sigma, field.seen, ranked(model, logits))
+
+
+@torch.no_grad()
+def restore_batch(
+    pictures: Sequence[Image],
+    model: Model,
+    settings: Settings,
+    sigmas: Sequence[float] | None = None,
+) -> list[Restored]:
+    """Denoise small pictures of one shape (H, W, C) together; each as `restore` does.
+
+    At most `batch_size` of them. sigmas: noise levels to use instead of that of the settings.
+    """
+    _need_denoiser(model)
+    if sigmas is None:
+        given = settings.sigma
+        sigmas = [estimate_sigma(p.samples) if given is None else given for p in pictures]
+    fields = [Field(model, p.samples, s) for p, s in zip(pictures, sigmas, strict=True)]
+    first = fields[0]
+    count = batch_size(first.height, first.width)
+    box = first.tiles[0].read
+    y = torch.zeros(count, first.pixels.shape[2], box[0].stop, box[1].stop)
+    seen = torch.ones(count)
+    for i, field in enumerate(fields):
+        y[i], seen[i] = field.read(box), field.seen
+    found: list[Tensor] = []
+
+    def weights(logits: Tensor) -> Tensor:
+        found.extend(logits.cpu())
+        chosen = torch.stack([class_weights(model, scores, settings) for scores in found])
+        return chosen.to(logits.device)
+
+    with memory_errors(first):
+        correction, _ = model.module.correction(
+            first.repeated(y).to(model.device), seen.to(model.device), weights
+        )
+    if first.repeat > 1:
+        correction = correction.mean(1, keepdim=True)
+    steps = correction[:, :, : first.height, : first.width].permute(0, 2, 3, 1).cpu().numpy()
+    return [
+        Restored(
+            picture.with_samples(_step(picture.samples, step, settings)),
+            sigma,
+            field.seen,
+            ranked(model, scores),
+        )
+        for picture, sigma, field, step, scores in zip(
+            pictures, sigmas, fields, steps, found, strict=False
+        )
+    ]
 
 
 @torch.no_grad()
@@ -206,155 +401,8 @@ def classify(image: Image, model: Model, sigma: float | None = None) -> Restored
     """Posterior over classes of one picture, and the noise level used."""
     if not model.module.classifies:
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
-    sigma = estimate_sigma(image.pixels) if sigma is None else sigma
-    field = Field(model, image.pixels, sigma)
-    return Restored(image, sigma, field.seen, ranked(model, field.logits()))
-
-
-@dataclass(frozen=True)
-class Job:
-    """One file to restore and where it goes."""
-
-    source: Path
-    output: Path
-
-
-def find_pictures(folder: Path, recursive: bool) -> list[Path]:
-    """Picture files of a folder, sorted; hidden files are left out."""
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    return sorted(
-        p
-        for p in found
-        if images.is_image_path(p)
-        and not p.is_dir()
-        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-    )
-
-
-def expand(inputs: Sequence[Path], recursive: bool) -> list[Path]:
-    """Files, and the pictures of folders, in order. UsageError for what is not there."""
-    files: list[Path] = []
-    for source in inputs:
-        if not source.exists():
-            raise UsageError(f"no such file or folder: {str(source)!r}")
-        found = find_pictures(source, recursive) if source.is_dir() else [source]
-        if not found:
-            hint = "" if recursive else " (-r looks into its folders)"
-            raise UsageError(f"no pictures in {str(source)!r}{hint}")
-        files += found
-    return files
-
-
-def default_output(source: Path) -> Path:
-    """photo.png -> photo_denoised.png, beside it; formats that cannot be written become PNG."""
-    suffix = source.suffix if source.suffix.lower() in images.WRITE_SUFFIXES else ".png"
-    return source.with_name(f"{source.stem}_denoised{suffix}")
-
-
-def plan(sources: Sequence[Path], output: Path | None, recursive: bool) -> list[Job]:
-    """Map inputs to outputs before any work is done.
-
-    A single file goes to ``output`` (a file, or into it if it is a folder) or beside
-    itself; a folder needs an ``output`` folder and is mirrored there. UsageError if an
-    input is missing, two would share an output, or one would be overwritten.
-    """
-    jobs: list[Job] = []
-    for source in sources:
-        if source.is_dir():
-            if output is None:
-                raise UsageError(f"{str(source)!r} is a folder: say where to with -o FOLDER")
-            found = _without(expand([source], recursive), source, output)
-            jobs += [Job(p, _writable(output / p.relative_to(source))) for p in found]
-        elif not source.exists():
-            raise UsageError(f"no such file or folder: {str(source)!r}")
-        elif output is None:
-            jobs.append(Job(source, default_output(source)))
-        elif output.is_dir() or len(sources) > 1:
-            jobs.append(Job(source, _writable(output / source.name)))
-        else:
-            if output.suffix.lower() not in images.WRITE_SUFFIXES:
-                known = ", ".join(sorted(images.WRITE_SUFFIXES))
-                raise UsageError(f"cannot write {str(output)!r}: its suffix must be one of {known}")
-            jobs.append(Job(source, output))
-    _check_clashes(jobs)
-    return jobs
-
-
-def _writable(path: Path) -> Path:
-    if path.suffix.lower() in images.WRITE_SUFFIXES:
-        return path
-    return path.with_name(path.name + ".png")
-
-
-def _without(files: list[Path], source: Path, output: Path) -> list[Path]:
-    """The files of a folder, but for what an earlier run wrote into a folder inside of it."""
-    place = output.resolve()
-    if source.resolve() not in place.parents:
-        return files
-    rest = [p for p in files if not p.parent.resolve().is_relative_to(place)]
-    if not rest:
-        raise UsageError(f"no pictures in {str(source)!r} but those in {str(output)!r}")
-    return rest
-
-
-def same_file(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file, there or not."""
-    return _key(a) == _key(b) or (a.exists() and b.exists() and a.samefile(b))
-
-
-def _key(path: Path) -> str:
-    return os.path.normcase(os.path.realpath(path))
-
-
-def _check_clashes(jobs: Sequence[Job]) -> None:
-    sources = {_key(job.source): job.source for job in jobs}
-    taken: dict[str, Path] = {}
-    for job in jobs:
-        key = _key(job.output)
-        if same_file(job.output, job.source):
-            raise UsageError(f"{str(job.source)!r} would overwrite itself: choose another output")
-        if key in sources:
-            raise UsageError(
-                f"{str(job.source)!r} would overwrite the input {str(sources[key])!r}: "
-                "choose another output, or leave one of them out"
-            )
-        if key in taken:
-            raise UsageError(
-                f"{str(taken[key])!r} and {str(job.source)!r} would both be written to "
-                f"{str(job.output)!r}: rename one, or run them separately"
-            )
-        taken[key] = job.source
-
-
-@dataclass(frozen=True)
-class Done:
-    """How one job ended: with what was found, or with an error."""
-
-    job: Job
-    restored: Restored | None = None
-    error: str | None = None
-
-
-def run(
-    jobs: Iterable[Job],
-    models: Models,
-    settings: Settings,
-    *,
-    strip_metadata: bool = False,
-) -> Iterator[Done]:
-    """Restore file after file. A bad file is reported in its ``Done`` and the rest goes on."""
-    for job in jobs:
-        try:
-            image = images.read(job.source)
-            restored = restore(image, models.pick(*image.pixels.shape[:2]), settings)
-            job.output.parent.mkdir(parents=True, exist_ok=True)
-            written = images.write(restored.image, job.output, strip_metadata=strip_metadata)
-            noted = replace(restored.image, notes=restored.image.notes + written)
-        except OSError as error:
-            yield Done(job, error=f"cannot write {str(job.output)!r}: {error.strerror or error}")
-        except CdnctlError as error:
-            if not isinstance(error, ImageError):
-                raise
-            yield Done(job, error=str(error))
-        else:
-            yield Done(job, replace(restored, image=noted))
+    sigma = estimate_sigma(image.samples) if sigma is None else sigma
+    field = Field(model, image.samples, sigma, default_tile(model, None))
+    with memory_errors(field):
+        logits = field.logits()
+    return Restored(image, sigma, field.seen, ranked(model, logits))

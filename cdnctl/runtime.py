@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -20,7 +22,9 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            # Of the processes that torchrun starts on a machine, each has a device of its own.
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            return torch.device("cuda", local % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdigit())):
@@ -45,10 +49,31 @@ def available_devices() -> list[str]:
     return [*names, "cpu"]
 
 
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; for the CPU, within the limit of its control group."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:  # containers and batch systems allow less than the machine has
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(free, 0)
+
+
+def world_from_env() -> tuple[int, int]:
+    """(rank, world size) that torchrun set, or (0, 1)."""
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     """Join the group that torchrun set up, if any: (rank, world size), else (0, 1)."""
-    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+    if world_from_env() == (0, 1):
         yield 0, 1
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

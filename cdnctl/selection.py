@@ -53,6 +53,13 @@ class Models:
             raise UnknownClassError(f"no bundled model knows all of {sorted(self.classes)}")
         return self._load(knowing[0])
 
+    def hash_of(self, name: str) -> str | None:
+        """Hash of the weights of a model that `pick` may give, by its own name; else None."""
+        if self.name != AUTO:
+            model = self._load(self.name)
+            return model.hash if model.name == name else None
+        return self._load(name).hash if name in self._headers else None
+
     def _load(self, name: str) -> Model:
         if name not in self._loaded:
             self._loaded[name] = load(name, self.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,17 +28,13 @@ class Tile:
     place: Box
 
 
-def pad_to_multiple(picture: Tensor, multiple: int) -> Tensor:
-    """(..., H, W) extended at the bottom and right, by mirroring, to multiples of a number.
+def reflected(start: int, stop: int, size: int) -> np.ndarray:
+    """Indices start..stop-1 of an axis, those beyond its ``size`` mirrored at the edge.
 
-    Works for any size down to 1x1 (the mirror image is mirrored again as needed).
+    The edge is repeated, and the mirror image mirrored again as needed, down to size 1.
     """
-    for axis in (-2, -1):
-        size = picture.shape[axis]
-        index = torch.arange(size + -size % multiple) % (2 * size)
-        index = torch.minimum(index, 2 * size - 1 - index).to(picture.device)
-        picture = picture.index_select(axis, index)
-    return picture
+    index = np.arange(start, stop) % (2 * size)
+    return np.minimum(index, 2 * size - 1 - index)
 
 
 def plan(height: int, width: int, tile: int, margin: int, multiple: int) -> list[Tile]:
@@ -69,7 +66,7 @@ def plan(height: int, width: int, tile: int, margin: int, multiple: int) -> list
     ]
 
 
-def batches(tiles: Sequence[Tile], count: int) -> Iterator[Sequence[Tile]]:
+def groups(tiles: Sequence[Tile], count: int) -> Iterator[Sequence[Tile]]:
     """Runs of at most ``count`` tiles."""
     for i in range(0, len(tiles), count):
         yield tiles[i : i + count]
@@ -77,43 +74,42 @@ def batches(tiles: Sequence[Tile], count: int) -> Iterator[Sequence[Tile]]:
 
 def run(
     function: Callable[[Tensor], Tensor],
-    picture: Tensor,
+    read: Callable[[Box], Tensor],
     tiles: Sequence[Tile],
     device: torch.device,
     count: int = 1,
-) -> Tensor:
-    """Apply ``function``, (B, C, h, w) to the same, to ``picture`` (C, H, W) tile by tile.
+) -> Iterator[tuple[Box, Tensor]]:
+    """Apply ``function``, (B, C, h, w) to the same, tile by tile: places and what belongs there.
 
-    The picture and the result stay where the picture is; only tiles visit ``device``.
+    read: rows and columns of the picture to (C, h, w), on the host. Only ``count`` tiles at
+    a time visit ``device``; each result comes back to the host.
     """
-    result = torch.empty_like(picture)
-    for group in batches(tiles, count):
-        stack = torch.stack([picture[(..., *tile.read)] for tile in group]).to(device)
-        for tile, out in zip(group, function(stack).to(picture.device), strict=True):
-            result[(..., *tile.place)] = out[(..., *tile.core)]
-    return result
+    for group in groups(tiles, count):
+        stack = torch.stack([read(tile.read) for tile in group]).to(device)
+        for tile, out in zip(group, function(stack).cpu(), strict=True):
+            yield tile.place, out[(..., *tile.core)]
 
 
 def mean_of_cells(
     function: Callable[[Tensor], Tensor],
-    picture: Tensor,
+    read: Callable[[Box], Tensor],
     tiles: Sequence[Tile],
     device: torch.device,
     cell: int,
     count: int = 1,
 ) -> Tensor:
-    """Mean over a whole picture of a coarse map that is computed tile by tile: (F,).
+    """Mean over a whole picture of a coarse map that is computed tile by tile: (F,), float64.
 
-    function: (B, C, h, w) to (B, F, h / cell, w / cell). Sums are taken in float64.
+    function: (B, C, h, w) to (B, F, h / cell, w / cell). read: as for `run`.
     """
     total: Tensor | None = None
     cells = 0
-    for group in batches(tiles, count):
-        stack = torch.stack([picture[(..., *tile.read)] for tile in group]).to(device)
-        for tile, out in zip(group, function(stack), strict=True):
+    for group in groups(tiles, count):
+        stack = torch.stack([read(tile.read) for tile in group]).to(device)
+        for tile, out in zip(group, function(stack).cpu(), strict=True):
             rows, columns = (slice(s.start // cell, s.stop // cell) for s in tile.core)
             part = out[:, rows, columns].double()
             cells += part.shape[1] * part.shape[2]
             total = part.sum((1, 2)) + (0 if total is None else total)
     assert total is not None
-    return (total / cells).to(picture.dtype)
+    return total / cells

@@ -13,6 +13,7 @@ import torch
 
 from cdnctl.api import Model
 from cdnctl.errors import UsageError
+from cdnctl.images import to_unit
 from cdnctl.restore import Field, ranked
 
 
@@ -30,7 +31,7 @@ class Evidence:
 def evidence(model: Model, pixels: np.ndarray, sigma: float, label: str | None = None) -> Evidence:
     """Evidence map of a class (None: the most probable one).
 
-    pixels: float32 (H, W, C) in [0, 1]. sigma in the same unit. ``support`` is
+    pixels: (H, W, C), any dtype, see `images.to_unit`. sigma in [0, 1] pixel units. ``support`` is
     gradient times picture: positive where what the picture shows makes the class more
     probable, negative where it speaks against it.
     """
@@ -46,7 +47,7 @@ def evidence(model: Model, pixels: np.ndarray, sigma: float, label: str | None =
     # The correction is linear in the weights: with weights that sum to zero, one pass
     # gives the difference, and what both have in common never enters.
     gradient = field.correction(one_hot - posterior)
-    denoised = pixels + field.correction(posterior)
+    denoised = to_unit(pixels) + field.correction(posterior)
     support = (gradient * (denoised - denoised.mean((0, 1)))).sum(-1)
     return Evidence(label, gradient, support, order)
 

@@ -68,7 +68,7 @@ def posterior_std(
 ) -> tuple[np.ndarray, float]:
     """Uncertainty of a whole picture, tile by tile, and the noise level used.
 
-    pixels: float32 (H, W, C) in [0, 1]. Returns the posterior standard deviation of
+    pixels: (H, W, C), any dtype, see `images.to_unit`. Returns the posterior standard deviation of
     each pixel, float32 (H, W, 1) in the unit of the pixels (root mean square over
     channels, variances averaged over 9 x 9 pixels), and sigma.
     """

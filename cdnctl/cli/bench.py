@@ -41,8 +41,8 @@ def bench(
     """Compare models and classical methods, in one run: quality on a folder, or time and memory."""
     levels = parse_sigmas(sigma)
     start_torch("cpu", threads)
+    from cdnctl.batch import expand
     from cdnctl.benchmark import REFERENCE, available, cost, quality
-    from cdnctl.restore import expand
 
     names = available()
     if methods is not None:

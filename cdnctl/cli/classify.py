@@ -46,7 +46,8 @@ def classify(
     level = parse_sigma(sigma)
     torch_device = start_torch(device, threads)
     from cdnctl import images
-    from cdnctl.restore import classify, expand
+    from cdnctl.batch import expand
+    from cdnctl.restore import classify
     from cdnctl.selection import Models
 
     models = Models(model, torch_device)
@@ -56,7 +57,7 @@ def classify(
         for path in files:
             try:
                 image = images.read(path)
-                chosen = models.pick(*image.pixels.shape[:2])
+                chosen = models.pick(*image.samples.shape[:2])
                 found = classify(image, chosen, level)
             except ImageError as error:
                 failed += 1
@@ -105,7 +106,8 @@ def explain(
     torch_device = start_torch(device, threads)
     from cdnctl import images
     from cdnctl.analysis.evidence import evidence, overlay
-    from cdnctl.restore import estimate_sigma, same_file
+    from cdnctl.batch import same_file
+    from cdnctl.restore import estimate_sigma
     from cdnctl.selection import Models
 
     if output.suffix.lower() not in images.WRITE_SUFFIXES:
@@ -115,10 +117,10 @@ def explain(
     label = None if target == "auto" else target
     models = Models(model, torch_device, [] if label is None else [label])
     image = images.read(source)
-    chosen = models.pick(*image.pixels.shape[:2])
-    noise = estimate_sigma(image.pixels) if level is None else level
-    found = evidence(chosen, image.pixels, noise, label)
-    images.write(images.Image(overlay(image.pixels, found.support)), output)
+    chosen = models.pick(*image.samples.shape[:2])
+    noise = estimate_sigma(image.samples) if level is None else level
+    found = evidence(chosen, image.samples, noise, label)
+    images.write(images.Image.of(overlay(image.pixels, found.support)), output)
     if not quiet:
         print(
             f"{source} -> {output}, evidence for {found.label} "

@@ -7,10 +7,12 @@ has pixels and sigma in [0, 1]. The conversion happens here and in images.py onl
 from __future__ import annotations
 
 import math
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
@@ -148,23 +150,55 @@ def class_names(target: str | dict[str, float] | None) -> list[str]:
     return list(target) if isinstance(target, dict) else []
 
 
+def parse_size(text: str) -> int:
+    """An amount of memory, such as 500M, 2G or 1.5GB, in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if not 1 <= size < 2**60:
+        raise UsageError(f"--memory is {text!r}, but must be an amount such as 500M or 2G")
+    return int(size)
+
+
+class Progress:
+    """Call it after each item; ``within`` is told what share of one large item is done."""
+
+    def __call__(self) -> None:
+        """One item is done."""
+
+    def within(self, share: float) -> None:
+        """A share, in [0, 1], of the present item is done."""
+
+
 @contextmanager
-def progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+def progress(total: int, quiet: bool) -> Iterator[Progress]:
     """A progress bar with rate and time left on a terminal; nothing elsewhere."""
     console = stderr()
-    if total < 2 or quiet or not console.is_terminal:
-        yield lambda: None
+    if quiet or not console.is_terminal:
+        yield Progress()
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich import progress as rich
 
-    with Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+    class Bar(Progress):
+        done = 0
+
+        def __call__(self) -> None:
+            self.done += 1
+            rate = f"{self.done / max(time.monotonic() - started, 1e-9):.2g}/s"
+            bar.update(task, completed=self.done, done=self.done, rate=rate)
+
+        def within(self, share: float) -> None:
+            bar.update(task, completed=self.done + share, visible=True)
+
+    with rich.Progress(
+        rich.BarColumn(),
+        rich.TextColumn("{task.fields[done]}/{task.total:.0f}  {task.fields[rate]}"),
+        rich.TimeRemainingColumn(),
         console=console,
         transient=True,
         # Results must not be drawn into the bar's stream when standard output goes elsewhere.
         redirect_stdout=sys.stdout.isatty(),
     ) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
+        started = time.monotonic()
+        # A single small picture is done before a bar could be read.
+        task = bar.add_task("", total=total, done=0, rate="", visible=total > 1)
+        yield Bar()

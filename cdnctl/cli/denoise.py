@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +26,7 @@ from cdnctl.cli.common import (
     class_names,
     parse_class,
     parse_sigma,
+    parse_size,
     progress,
     report_error,
     start_torch,
@@ -31,7 +35,8 @@ from cdnctl.cli.common import (
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from cdnctl.restore import Done, Job, Restored, Settings
+    from cdnctl.batch import Batch, Done, Job
+    from cdnctl.restore import Restored, Settings
     from cdnctl.selection import Models
 
 STDIO = Path("-")
@@ -71,14 +76,27 @@ def denoise(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace outputs that exist.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with a folder: redo only what is missing or has changed."
+        ),
+    ] = False,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Pass over inputs whose output exists.")
     ] = False,
     strip_metadata: Annotated[
         bool, typer.Option("--strip-metadata", help="Leave out EXIF, ICC profile and text.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")
+    ] = False,
     tile: Annotated[
         int | None, typer.Option("--tile", min=1, help="Side of tiles in pixels.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="What the network may take, such as 500M or 2G."),
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -88,13 +106,20 @@ def denoise(
     """Remove noise from pictures. The originals are never touched."""
     level = parse_sigma(sigma)
     wanted = parse_class(target)
-    if overwrite and skip_existing:
-        raise UsageError("--overwrite and --skip-existing exclude each other")
+    if skip_existing and (overwrite or resume):
+        other = "--overwrite" if overwrite else "--resume"
+        raise UsageError(f"{other} and --skip-existing exclude each other")
+    budget = None if memory is None else parse_size(memory)
     torch_device = start_torch(device, threads)
-    from cdnctl.restore import Settings, plan, run
+    import torch
+
+    from cdnctl.batch import Batch, plan
+    from cdnctl.manifest import Manifest
+    from cdnctl.restore import Settings
+    from cdnctl.runtime import process_group
     from cdnctl.selection import Models
 
-    settings = Settings(level, wanted, strength, guidance, tile)
+    settings = Settings(level, wanted, strength, guidance, tile, budget)
     models = Models(model, torch_device, class_names(wanted))
     printer = Printer(models, settings, as_json, quiet)
     if STDIO in inputs or output == STDIO:
@@ -103,43 +128,89 @@ def denoise(
         _pipe(inputs, output, models, settings, strip_metadata, overwrite, printer)
         return
 
-    jobs = plan(inputs, output, recursive)
-    if uncertainty is not None:
-        _check_uncertainty(uncertainty, jobs, overwrite)
-    existing = [job for job in jobs if job.output.exists()]
-    if existing and skip_existing:
-        jobs = [job for job in jobs if job not in existing]
-    elif existing and not overwrite:
-        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
-        raise UsageError(
-            f"{str(existing[0].output)!r}{more} exists: give --overwrite to replace, "
-            "or --skip-existing to pass over"
-        )
-    results = run(jobs, models, settings, strip_metadata=strip_metadata)
-    failed = _report(results, len(jobs), printer)
+    # All processes of a group plan before any of them writes.
+    with process_group(torch.device("cpu")) as (rank, world):
+        jobs = plan(inputs, output, recursive)
+        if uncertainty is not None:
+            _check_uncertainty(uncertainty, jobs, overwrite)
+        existing = [job for job in jobs if job.output.exists()]
+        if existing and skip_existing:
+            jobs = [job for job in jobs if job not in existing]
+        elif existing and not (overwrite or resume):
+            _refuse(existing, output)
+        if world > 1:
+            torch.distributed.barrier()
+    jobs = jobs[rank::world]
+
+    batch = Batch(models, settings, strip_metadata, overwrite=overwrite, resume=resume)
+    if output is not None and (len(inputs) > 1 or inputs[0].is_dir()):
+        batch = replace(batch, manifest=Manifest(output, rank, world))
+    elif resume:
+        raise UsageError("--resume goes on with a folder of pictures: give one, and -o FOLDER")
+    if dry_run:
+        _announce(jobs, batch, printer)
+        return
+    failed = _report(batch, jobs, printer)
     if uncertainty is not None and jobs and not failed:
         _write_uncertainty(jobs[0], uncertainty, models, settings)
     if failed:
         raise typer.Exit(1)
 
 
-def _report(results: Iterator[Done], total: int, printer: Printer) -> list[Done]:
-    """Print each result as it comes; the failures again at the end. Returns them."""
-    failed, count = [], 0
+def _refuse(existing: list[Job], output: Path | None) -> None:
+    from cdnctl.manifest import parts
+
+    more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+    verb = "exist" if more else "exists"
+    hint = "--resume to go on, " if output is not None and parts(output) else ""
+    raise UsageError(
+        f"{str(existing[0].output)!r}{more} {verb}: give {hint}--overwrite to replace, "
+        "or --skip-existing to pass over"
+    )
+
+
+def _announce(jobs: list[Job], batch: Batch, printer: Printer) -> None:
+    """The plan, and nothing else."""
+    from cdnctl.errors import ImageError
+
+    for job in jobs:
+        try:
+            printer.planned(job, batch.resume and batch.is_done(job))
+        except ImageError as error:
+            report_error(str(error))
+
+
+def _report(batch: Batch, jobs: list[Job], printer: Printer) -> list[Done]:
+    """Do the work and print each result as it comes; the failures again at the end, and
+    returned."""
+    failed, counts = [], Counter[str]()
+    total, started = len(jobs), time.monotonic()
     try:
-        with progress(total, printer.quiet) as advance:
-            for done in results:
-                count += 1
-                if done.restored is None:
+        with (
+            batch.manifest or nullcontext(),
+            progress(total, printer.quiet) as advance,
+        ):
+            for done in replace(batch, watch=advance.within).run(jobs):
+                if done.error is not None:
+                    counts["failed"] += 1
                     failed.append(done)
                     printer.failure(done)
+                elif done.restored is None:
+                    counts["skipped"] += 1
+                    printer.skipped(done.job)
                 else:
-                    printer.result(done.job.source, done.job.output, done.restored)
+                    counts["restored"] += 1
+                    printer.result(done.job.source, done.job.output, done.restored, done.seconds)
                 advance()
     except KeyboardInterrupt:
-        hint = ": continue with --skip-existing" if total > 1 else ""
-        report_error(f"interrupted after {count} of {total} pictures{hint}")
+        hint = ""
+        if total > 1:
+            way = "--skip-existing" if batch.manifest is None else "--resume"
+            hint = f": continue with {way}"
+        report_error(f"interrupted after {counts.total()} of {total} pictures{hint}")
         raise typer.Exit(130) from None
+    if total > 1:
+        printer.summary(counts, time.monotonic() - started)
     if failed and total > 1:
         report_error(f"{len(failed)} of {total} pictures failed:")
         for done in failed:
@@ -157,8 +228,6 @@ def _pipe(
     printer: Printer,
 ) -> None:
     """One picture from standard input and/or to standard output."""
-    from dataclasses import replace
-
     from cdnctl import images
     from cdnctl.restore import restore
 
@@ -168,7 +237,11 @@ def _pipe(
         raise UsageError(f"{str(output)!r} exists: give --overwrite to replace it")
     source = inputs[0]
     image = images.read(sys.stdin.buffer if source == STDIO else source)
-    restored = restore(image, models.pick(*image.pixels.shape[:2]), settings)
+    started = time.monotonic()
+    with progress(1, printer.quiet) as advance:
+        chosen = models.pick(*image.samples.shape[:2])
+        restored = restore(image, chosen, settings, advance.within)
+    seconds = time.monotonic() - started
     if output != STDIO:
         images.write(restored.image, output, strip_metadata=strip)
     else:
@@ -179,12 +252,12 @@ def _pipe(
             result = replace(result, metadata=images.Metadata())
         sys.stdout.buffer.write(images.encode(result, suffix))
         sys.stdout.buffer.flush()
-    printer.result(source, output, restored)
+    printer.result(source, output, restored, seconds)
 
 
 def _check_uncertainty(path: Path, jobs: list[Job], overwrite: bool) -> None:
+    from cdnctl.batch import same_file
     from cdnctl.images import WRITE_SUFFIXES
-    from cdnctl.restore import same_file
 
     if len(jobs) != 1:
         raise UsageError(f"--uncertainty takes one picture, not {len(jobs)}")
@@ -202,12 +275,12 @@ def _write_uncertainty(job: Job, path: Path, models: Models, settings: Settings)
     from cdnctl import images
     from cdnctl.analysis.uncertainty import posterior_std
 
-    pixels = images.read(job.source).pixels
+    pixels = images.read(job.source).samples
     std, sigma = posterior_std(pixels, models.pick(*pixels.shape[:2]), settings)
     if path.suffix.lower() in (".tif", ".tiff"):
-        result = images.Image(std, np.dtype(np.float32))
+        result = images.Image.of(std, np.float32)
     else:
-        result = images.Image(std / max(sigma, 1e-6), np.dtype(np.uint16))
+        result = images.Image.of(std / max(sigma, 1e-6), np.uint16)
     images.write(result, path)
 
 
@@ -219,9 +292,9 @@ class Printer:
         self.estimated = settings.sigma is None
         self.as_json, self.quiet = as_json, quiet
 
-    def result(self, source: Path, output: Path, restored: Restored) -> None:
+    def result(self, source: Path, output: Path, restored: Restored, seconds: float) -> None:
         """A picture that was restored; its noise level is in 0..255."""
-        model = self.models.pick(*restored.image.pixels.shape[:2])
+        model = self.models.pick(*restored.image.samples.shape[:2])
         level = restored.sigma * PEAK
         low, high = (PEAK * s for s in model.sigma_range)
         if restored.sigma_seen * PEAK > high + 1e-6:
@@ -239,6 +312,7 @@ class Printer:
         stream = sys.stderr if output == STDIO else sys.stdout
         if self.as_json:
             record: dict[str, Any] = {
+                "event": "restored",
                 "input": str(source),
                 "output": str(output),
                 "sigma": round(level, 3),
@@ -246,6 +320,7 @@ class Printer:
                 "model": model.name,
                 "weights": model.hash,
                 "posterior": {k: round(v, 6) for k, v in restored.posterior.items()},
+                "seconds": round(seconds, 4),
                 "notes": list(restored.image.notes),
             }
             print(json.dumps(record, ensure_ascii=False), file=stream, flush=True)
@@ -259,6 +334,33 @@ class Printer:
     def failure(self, done: Done) -> None:
         """A picture that could not be restored."""
         if self.as_json:
-            print(json.dumps({"input": str(done.job.source), "error": done.error}), flush=True)
+            self._event("failed", done.job, error=done.error)
         else:
             report_error(str(done.error))
+
+    def skipped(self, job: Job) -> None:
+        """A picture that an earlier run restored."""
+        if self.as_json:
+            self._event("skipped", job)
+
+    def planned(self, job: Job, done: bool) -> None:
+        """A picture that would be restored, or passed over."""
+        if self.as_json:
+            self._event("planned", job, done=done)
+        else:
+            print(f"{job.source} -> {job.output}{', done before' if done else ''}", flush=True)
+
+    def summary(self, counts: Counter[str], seconds: float) -> None:
+        """What became of all pictures."""
+        if self.as_json:
+            kinds = {kind: counts[kind] for kind in ("restored", "skipped", "failed")}
+            record = {"event": "finished", **kinds, "seconds": round(seconds, 3)}
+            print(json.dumps(record), flush=True)
+        elif not self.quiet:
+            done = f"{counts['restored']} pictures restored in {seconds:.1f} s"
+            skipped = f", {counts['skipped']} done before" if counts["skipped"] else ""
+            print(done + skipped, file=sys.stderr, flush=True)
+
+    def _event(self, event: str, job: Job, **more: Any) -> None:
+        record = {"event": event, "input": str(job.source), "output": str(job.output), **more}
+        print(json.dumps(record, ensure_ascii=False), flush=True)

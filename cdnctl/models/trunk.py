@@ -81,6 +81,24 @@ class NetConfig:
             raise ValueError(f"widths {self.widths} must be multiples of groups {self.groups}")
 
     @property
+    def whole(self) -> bool:
+        """Whether a picture must be seen as a whole: group norm looks at all of it."""
+        return self.norm == "group"
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        """About what a pass takes of memory per pixel of a tile, in float32.
+
+        The input and output of every block's layers are kept for the adjoint, and as much
+        again is in flight. Measured within a third of it for the bundled models.
+        """
+        floats, cell = 0.0, self.unshuffle
+        for i, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
+            cell *= 2 if i else 1
+            floats += width * (2 + 4 * blocks) / cell**2
+        return round(4 * (floats + 8 * self.channels))
+
+    @property
     def multiple(self) -> int:
         """Sides that are multiples of this number need no padding."""
         return int(self.unshuffle * 2 ** (len(self.widths) - 1))

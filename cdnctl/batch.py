@@ -1,0 +1,393 @@
+"""Many pictures to many files: planned before any work, resumable, a bad file on its own.
+
+Reading, computing and writing overlap: threads read ahead and write behind, while the caller's
+thread computes. Small pictures of one size go through the network together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cdnctl import images
+from cdnctl.errors import ImageError, UsageError
+from cdnctl.images import Image
+from cdnctl.manifest import Manifest, Origin, digest
+from cdnctl.restore import Restored, Settings, batch_size, estimate_sigma, restore, restore_batch
+from cdnctl.selection import Models
+
+HELD_PIXELS = 32_000_000  # decoded pictures that wait for the network or the disk
+LARGE_PIXELS = HELD_PIXELS // 8  # of such pictures, only one is read ahead
+AHEAD = 16  # files read ahead of the network
+WAITING = 128  # small pictures that wait for others of their size
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to restore and where it goes."""
+
+    source: Path
+    output: Path
+
+
+def find_pictures(folder: Path, recursive: bool) -> list[Path]:
+    """Picture files of a folder, sorted; hidden files are left out."""
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted(
+        p
+        for p in found
+        if images.is_image_path(p)
+        and not p.is_dir()
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
+
+
+def expand(inputs: Sequence[Path], recursive: bool) -> list[Path]:
+    """Files, and the pictures of folders, in order. UsageError for what is not there."""
+    files: list[Path] = []
+    for source in inputs:
+        if not source.exists():
+            raise UsageError(f"no such file or folder: {str(source)!r}")
+        found = find_pictures(source, recursive) if source.is_dir() else [source]
+        if not found:
+            hint = "" if recursive else " (-r looks into its folders)"
+            raise UsageError(f"no pictures in {str(source)!r}{hint}")
+        files += found
+    return files
+
+
+def default_output(source: Path) -> Path:
+    """photo.png -> photo_denoised.png, beside it; formats that cannot be written become PNG."""
+    suffix = source.suffix if source.suffix.lower() in images.WRITE_SUFFIXES else ".png"
+    return source.with_name(f"{source.stem}_denoised{suffix}")
+
+
+def plan(sources: Sequence[Path], output: Path | None, recursive: bool) -> list[Job]:
+    """Map inputs to outputs before any work is done.
+
+    A single file goes to ``output`` (a file, or into it if it is a folder) or beside
+    itself; a folder needs an ``output`` folder and is mirrored there. UsageError if an
+    input is missing, two would share an output, or one would be overwritten.
+    """
+    jobs: list[Job] = []
+    for source in sources:
+        if source.is_dir():
+            if output is None:
+                raise UsageError(f"{str(source)!r} is a folder: say where to with -o FOLDER")
+            found = _without(expand([source], recursive), source, output)
+            jobs += [Job(p, _writable(output / p.relative_to(source))) for p in found]
+        elif not source.exists():
+            raise UsageError(f"no such file or folder: {str(source)!r}")
+        elif output is None:
+            jobs.append(Job(source, default_output(source)))
+        elif output.is_dir() or len(sources) > 1:
+            jobs.append(Job(source, _writable(output / source.name)))
+        else:
+            if output.suffix.lower() not in images.WRITE_SUFFIXES:
+                known = ", ".join(sorted(images.WRITE_SUFFIXES))
+                raise UsageError(f"cannot write {str(output)!r}: its suffix must be one of {known}")
+            jobs.append(Job(source, output))
+    _check_clashes(jobs)
+    return jobs
+
+
+def _writable(path: Path) -> Path:
+    if path.suffix.lower() in images.WRITE_SUFFIXES:
+        return path
+    return path.with_name(path.name + ".png")
+
+
+def _without(files: list[Path], source: Path, output: Path) -> list[Path]:
+    """The files of a folder, but for what an earlier run wrote into a folder inside of it."""
+    place = output.resolve()
+    if source.resolve() not in place.parents:
+        return files
+    rest = [p for p in files if not p.parent.resolve().is_relative_to(place)]
+    if not rest:
+        raise UsageError(f"no pictures in {str(source)!r} but those in {str(output)!r}")
+    return rest
+
+
+def same_file(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file, there or not."""
+    return _key(a) == _key(b) or (a.exists() and b.exists() and a.samefile(b))
+
+
+def _key(path: Path) -> str:
+    return os.path.normcase(os.path.realpath(path))
+
+
+def _check_clashes(jobs: Sequence[Job]) -> None:
+    sources = {_key(job.source): job.source for job in jobs}
+    taken: dict[str, Path] = {}
+    for job in jobs:
+        key = _key(job.output)
+        if same_file(job.output, job.source):
+            raise UsageError(f"{str(job.source)!r} would overwrite itself: choose another output")
+        if key in sources:
+            raise UsageError(
+                f"{str(job.source)!r} would overwrite the input {str(sources[key])!r}: "
+                "choose another output, or leave one of them out"
+            )
+        if key in taken:
+            raise UsageError(
+                f"{str(taken[key])!r} and {str(job.source)!r} would both be written to "
+                f"{str(job.output)!r}: rename one, or run them separately"
+            )
+        taken[key] = job.source
+
+
+@dataclass(frozen=True)
+class Done:
+    """How one job ended: with what was found, with an error, or (neither) passed over as done."""
+
+    job: Job
+    restored: Restored | None = None
+    error: str | None = None
+    seconds: float = 0.0  # of reading, computing and writing
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A picture that has been read."""
+
+    job: Job
+    image: Image
+    sigma: float
+    origin: Origin
+    seconds: float  # of reading
+
+    @property
+    def pixels(self) -> int:
+        return self.image.samples.shape[0] * self.image.samples.shape[1]
+
+
+@dataclass
+class _Held:
+    """Pixels of pictures that wait for the network or the disk."""
+
+    pixels: int = 0
+    last: int = LARGE_PIXELS + 1  # of the picture read last; nothing is known of the first
+
+    def add(self, item: _Loaded) -> None:
+        self.pixels += item.pixels
+        self.last = item.pixels
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Restores many files; everything that its jobs have in common."""
+
+    models: Models
+    settings: Settings
+    strip_metadata: bool = False
+    manifest: Manifest | None = None
+    resume: bool = False  # pass over what the manifest says is done
+    overwrite: bool = False  # also what was changed since the manifest was written
+    watch: Callable[[float], None] = lambda share: None  # told the share done of a large picture
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Done]:
+        """Restore all files; results come as they are finished, not always in order.
+
+        A bad file is reported in its ``Done`` and the rest goes on. SetupError when the disk
+        is full: everything after would fail as well.
+        """
+        held = _Held()
+        writes: deque[tuple[_Loaded, Future[Done]]] = deque()
+
+        def settle() -> Done:
+            item, write = writes.popleft()
+            held.pixels -= item.pixels
+            return write.result()
+
+        pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 1)))
+        try:
+            for group in self._grouped(self._read(jobs, pool, held)):
+                if isinstance(group, Done):
+                    yield group
+                else:
+                    for item, result, seconds in self._compute(group):
+                        if isinstance(result, ImageError):
+                            held.pixels -= item.pixels
+                            yield self._failed(item.job, str(result))
+                        else:
+                            write = pool.submit(self._write, item, result, seconds)
+                            writes.append((item, write))
+                while writes and (writes[0][1].done() or held.pixels > HELD_PIXELS):
+                    yield settle()
+            while writes:
+                yield settle()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(
+        self, jobs: Sequence[Job], pool: ThreadPoolExecutor, held: _Held
+    ) -> Iterator[_Loaded | Done]:
+        """Pictures in order, read ahead as far as memory allows."""
+        todo = iter(jobs)
+        reads: deque[Future[_Loaded | Done]] = deque()
+
+        def read_ahead() -> None:
+            room = 1 if held.last > LARGE_PIXELS else AHEAD
+            if held.pixels > HELD_PIXELS:
+                room = 0
+            room = max(room - len(reads), 0 if reads else 1)
+            reads.extend(pool.submit(self._load, job) for job in islice(todo, room))
+
+        read_ahead()
+        while reads:
+            item = reads.popleft().result()
+            if isinstance(item, _Loaded):
+                held.add(item)
+                if held.pixels <= HELD_PIXELS:
+                    read_ahead()  # while the network is busy with this one
+            yield item
+            read_ahead()
+
+    def _grouped(self, items: Iterable[_Loaded | Done]) -> Iterator[list[_Loaded] | Done]:
+        """Pictures that go through the network together: small ones of one size."""
+        waiting: dict[tuple[object, ...], list[_Loaded]] = {}
+        for item in items:
+            if isinstance(item, Done):
+                yield item
+                continue
+            height, width, channels = item.image.samples.shape
+            key = (height, width, channels, self.models.pick(height, width).name)
+            waiting.setdefault(key, []).append(item)
+            if len(waiting[key]) == batch_size(height, width):
+                yield waiting.pop(key)
+            elif sum(map(len, waiting.values())) > WAITING:
+                yield waiting.pop(max(waiting, key=lambda k: len(waiting[k])))
+        yield from waiting.values()
+
+    def _load(self, job: Job) -> _Loaded | Done:
+        """Read a file and estimate its noise; in a thread."""
+        started = time.monotonic()
+        try:
+            if self.resume and self.is_done(job):
+                return Done(job)
+            data = images.load(job.source)
+            image = images.decode(data, str(job.source))
+            sigma = self.settings.sigma
+            if sigma is None:
+                sigma = estimate_sigma(image.samples)
+            origin = Origin.of(job.source, data)
+            return _Loaded(job, image, sigma, origin, time.monotonic() - started)
+        except ImageError as error:
+            return self._failed(job, str(error))
+        except OSError as error:
+            reason = error.strerror or error
+            return self._failed(job, f"cannot read {str(job.source)!r}: {reason}")
+
+    def _compute(
+        self, group: list[_Loaded]
+    ) -> Iterator[tuple[_Loaded, Restored | ImageError, float]]:
+        """Restore pictures of one size: each with its result, or why there is none, and the
+        seconds that it took."""
+        started = time.monotonic()
+        first = group[0]
+        size = first.image.samples.shape[:2]
+        model = self.models.pick(*size)
+        results: Sequence[Restored | ImageError]
+        try:
+            if batch_size(*size) > 1:
+                pictures = [item.image for item in group]
+                sigmas = [item.sigma for item in group]
+                results = restore_batch(pictures, model, self.settings, sigmas)
+            else:
+                settings = replace(self.settings, sigma=first.sigma)
+                results = [restore(first.image, model, settings, self.watch)]
+        except ImageError as error:
+            results = [ImageError(f"{str(item.job.source)!r}: {error}") for item in group]
+        seconds = (time.monotonic() - started) / len(group)
+        for item, result in zip(group, results, strict=True):
+            yield item, result, seconds
+
+    def _write(self, item: _Loaded, restored: Restored, seconds: float) -> Done:
+        """Encode and write; in a thread. The manifest hears of it just before the file appears."""
+        job, started = item.job, time.monotonic()
+        try:
+            job.output.parent.mkdir(parents=True, exist_ok=True)
+            image, suffix = restored.image, job.output.suffix.lower()
+            if self.strip_metadata:
+                image = replace(image, metadata=images.Metadata())
+            data = images.encode(image, suffix)
+            seconds += item.seconds + time.monotonic() - started
+            notes = restored.image.notes + images.conversions(image, suffix)
+            restored = replace(restored, image=replace(image, notes=notes))
+            if self.manifest is not None:
+                self.manifest.add(self._record(item, restored, data, seconds))
+            images.save(data, job.output)
+            return Done(job, restored, seconds=seconds)
+        except ImageError as error:
+            return self._failed(job, str(error))
+        except OSError as error:
+            reason = error.strerror or error
+            return self._failed(job, f"cannot write {str(job.output)!r}: {reason}")
+
+    def _failed(self, job: Job, error: str) -> Done:
+        if self.manifest is not None:
+            record = {"input": str(job.source), "error": error}
+            self.manifest.add({"output": self.manifest.name_of(job.output)} | record)
+        return Done(job, error=error)
+
+    def _record(
+        self, item: _Loaded, restored: Restored, data: bytes, seconds: float
+    ) -> dict[str, Any]:
+        assert self.manifest is not None
+        model = self.models.pick(*restored.image.samples.shape[:2])
+        return {
+            "output": self.manifest.name_of(item.job.output),
+            "output_sha256": digest(data),
+            "input": str(item.job.source),
+            **item.origin.to_dict(),
+            "model": model.name,
+            "weights": model.hash,
+            "parameters": self.parameters,
+            "sigma": round(images.PEAK * restored.sigma, 3),
+            "class": next(iter(restored.posterior), None),
+            "seconds": round(seconds, 4),
+        }
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """What the outputs depend on besides the pictures and the weights, as JSON has it."""
+        values = asdict(self.settings) | {
+            "model": self.models.name,
+            "strip_metadata": self.strip_metadata,
+        }
+        del values["memory"]
+        if self.settings.sigma is not None:
+            values["sigma"] = round(images.PEAK * self.settings.sigma, 6)
+        parameters: dict[str, Any] = json.loads(json.dumps(values))
+        return parameters
+
+    def is_done(self, job: Job) -> bool:
+        """Whether the manifest says that an earlier run did this job, and nothing has changed.
+
+        ImageError if doing it again would replace an output that is not cdnctl's own.
+        """
+        if self.manifest is None or not job.output.exists():
+            return False
+        found = digest(images.load(job.output))
+        ours = [r for r in self.manifest.records(job.output) if r.get("output_sha256") == found]
+        if not ours and not self.overwrite:
+            raise ImageError(
+                f"{str(job.output)!r} exists and is not as cdnctl wrote it: "
+                "give --overwrite to replace it"
+            )
+        return any(
+            record.get("parameters") == self.parameters
+            and record.get("weights") == self.models.hash_of(str(record.get("model")))
+            and Origin.from_dict(record).still(job.source)
+            for record in ours
+        )

@@ -1,0 +1,180 @@
+"""What a batch has done, one JSON object a line, so that it can go on after anything.
+
+A line is written before the output that it tells of gets its name. If a run is killed between
+the two, the output is missing or is not what the line says, and the job is done again: a line
+alone proves nothing, a line with an output of its hash does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from cdnctl.errors import SetupError, UsageError
+
+NAME = "cdnctl-manifest.jsonl"
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """An input file as it was when it was read."""
+
+    input_sha256: str = ""
+    input_bytes: int = -1
+    input_mtime: int = 0  # ns
+
+    @staticmethod
+    def of(path: Path, data: bytes) -> Origin:
+        """Of a file and its content."""
+        return Origin(digest(data), len(data), path.stat().st_mtime_ns)
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> Origin:
+        """From a line of the manifest; what is missing matches no file."""
+        return Origin(**{k: record[k] for k in asdict(Origin()) if k in record})
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a line of the manifest."""
+        return asdict(self)
+
+    def still(self, path: Path) -> bool:
+        """Whether the file is the same. Only if its time has changed, its content is read."""
+        stat = path.stat()
+        if stat.st_size != self.input_bytes:
+            return False
+        return stat.st_mtime_ns == self.input_mtime or digest(path.read_bytes()) == (
+            self.input_sha256
+        )
+
+
+class Manifest:
+    """The manifest of an output folder: what it says, and as a context open for more lines.
+
+    rank, world: of several processes each writes a part of its own, and all read all parts.
+    The file is locked while it is open. Entering raises UsageError if another run has it,
+    SetupError if it cannot be written.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0, world: int = 1):
+        self.folder = folder
+        self.path = folder / (NAME if rank == 0 else f"cdnctl-manifest.{rank}-of-{world}.jsonl")
+        self._lock = threading.Lock()
+        self._file: IO[bytes] | None = None
+        self._records: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        try:
+            for part in parts(folder):
+                self._take(part.read_bytes())
+        except OSError as error:
+            raise SetupError(
+                f"cannot read the manifest of {str(folder)!r}: {error.strerror or error}"
+            ) from None
+
+    def __enter__(self) -> Manifest:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")
+        except OSError as error:
+            raise SetupError(
+                f"cannot write {str(self.path)!r} ({error.strerror or error}): "
+                "choose another output folder"
+            ) from None
+        if not _locked(self._file):
+            self._file.close()
+            raise UsageError(
+                f"another run is writing to {str(self.folder)!r}: "
+                "wait for it, or choose another folder"
+            )
+        # A run that was killed may have left half a line.
+        if self._file.tell() > 0:
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._write(b"\n")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def name_of(self, output: Path) -> str:
+        """An output's name in the manifest: its path from the folder on, with slashes."""
+        return Path(os.path.relpath(output, self.folder)).as_posix()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Write a line; from any thread. SetupError if it cannot be written."""
+        line = json.dumps(record, ensure_ascii=True, allow_nan=False)
+        with self._lock:
+            self._write(line.encode() + b"\n")
+
+    def records(self, output: Path) -> list[dict[str, Any]]:
+        """The lines, of those that were there at the start, about an output."""
+        return self._records.get(self.name_of(output), [])
+
+    def _take(self, content: bytes) -> None:
+        for line in content.splitlines():
+            try:
+                record = json.loads(line)
+                self._records[record["output"]].append(record)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # half a line, or somebody's own
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise SetupError(
+                f"cannot write {str(self.path)!r} ({error.strerror or error}): "
+                "make room, then go on with --resume"
+            ) from None
+
+
+def parts(folder: Path) -> list[Path]:
+    """The manifest files of a folder, if it is there: one, or one of each process."""
+    if not folder.is_dir():
+        return []
+    pattern = re.compile(r"cdnctl-manifest(\.\d+-of-\d+)?\.jsonl")
+    return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name))
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock an open file until it is closed or the process ends; False if another has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        file.seek(2**40)  # a byte far behind the end: locks there forbid writing, too
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        finally:
+            file.seek(0, os.SEEK_END)
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
