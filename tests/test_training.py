@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -52,6 +53,7 @@ from cdnctl.training.loop import (
     learning_rate,
     new_run_folder,
     read_run,
+    read_tensors,
     shared_path,
     train,
     validate,
@@ -567,7 +569,7 @@ def after(calls: int) -> Callable[[], bool]:
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / STATE)
+    return read_tensors(folder / STATE)
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -886,8 +888,9 @@ def test_one_flat_folder_is_one_class(datasets: list[Path], tmp_path: Path) -> N
 def test_resuming_what_is_no_run(tmp_path: Path, whole: Path) -> None:
     with pytest.raises(UsageError, match="absent"):
         train(tmp_path / "absent", device=CPU)
-    (tmp_path / "bad" / "last").mkdir(parents=True)
-    (tmp_path / "bad" / STATE).write_bytes((whole / STATE).read_bytes()[:100])
+    shutil.copytree(whole, tmp_path / "bad")
+    (file,) = (tmp_path / "bad" / STATE).glob("state-*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UsageError, match="bad"):
         train(tmp_path / "bad", device=CPU)
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdnctl.cli.common import Device, Quiet, Threads, start_torch, stderr, stop_on_signal
+from cdnctl.cli.common import Device, Json, Quiet, Threads, start_torch, stderr, stop_on_signal
 from cdnctl.errors import CdnctlError, UsageError
 
 if TYPE_CHECKING:
-    from cdnctl.training.loop import Progress
+    import torch
+
+    from cdnctl.training.config import TrainConfig
+    from cdnctl.training.loop import Progress, Trial
+
+PROBE_SECONDS = 90.0  # after which a probe begins no further trial, if nothing else is said
 
 
 def register(app: typer.Typer) -> None:
@@ -25,13 +31,17 @@ def register(app: typer.Typer) -> None:
 def train(
     datasets: Annotated[
         list[Path] | None,
-        typer.Argument(help="ImageFolders (class folders) and/or flat folders of pictures."),
+        typer.Argument(help="Class folders and/or flat folders of pictures, or zip files of them."),
     ] = None,
     config: Annotated[
         str | None, typer.Option("--config", help="TOML file, or the name of a bundled config.")
     ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Run folder to continue, such as runs/3.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="SECTION.KEY=VALUE of the config; repeatable."),
     ] = None,
     init_from: Annotated[
         str | None, typer.Option("--init-from", help="Weights to start from: name or file.")
@@ -42,39 +52,62 @@ def train(
     max_seconds: Annotated[
         float, typer.Option("--max-seconds", min=0, help="Save and stop after this time.")
     ] = math.inf,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Do not train: measure how fast it can be done here."),
+    ] = False,
     device: Device = "auto",
     threads: Threads = None,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a model on folders of pictures; stop and resume at will."""
+    """Train a model on folders of pictures; stop and resume at will.
+
+    A run that is resumed looks for its datasets where they were; give them if they have moved.
+    """
     if resume is None and not datasets:
-        raise UsageError("give one or more dataset folders, or --resume RUN")
-    if resume is not None and (datasets or config or init_from):
-        raise UsageError("--resume takes datasets and config from the run: give nothing else")
+        raise UsageError("give one or more dataset folders or zip files, or --resume RUN")
+    if resume is not None and (config or init_from or probe):
+        raise UsageError(
+            f"--resume {str(resume)!r} goes on as the run began: give no --config, --init-from "
+            "or --probe with it"
+        )
     if resume is None and config is None:
         raise UsageError(f"give --config: a TOML file or one of {', '.join(sorted(_bundled()))}")
+    if as_json and not probe:
+        raise UsageError(
+            "--json is for --probe; of a run, results.csv in its folder has the numbers"
+        )
 
     torch_device = start_torch(device, threads)
     from cdnctl.api import load as load_model
     from cdnctl.runtime import process_group
-    from cdnctl.training.config import load
-    from cdnctl.training.loop import new_run_folder, shared_path, train
+    from cdnctl.training.config import load, override
+    from cdnctl.training.loop import STATE, new_run_folder, read_run, shared_path, train
+
+    parsed = None if config is None else load(_bundled().get(config, Path(config)))
+    if parsed is not None and probe:
+        _probe(override(parsed, settings or ()), datasets or (), torch_device, max_seconds, as_json)
+        return
 
     with (
         process_group(torch_device) as (rank, _),
         stop_on_signal() as stop,
         _watcher(shown=rank == 0 and not quiet) as watch,
     ):
-        parsed = None if config is None else load(_bundled().get(config, Path(config)))
         start = None if init_from is None else load_model(init_from).path
         folder = resume or shared_path(lambda: new_run_folder(runs))
         if rank == 0 and not quiet:
             stderr().print(f"run folder: {folder}", markup=False)
+            if resume is not None:
+                step = read_run(folder / STATE)["state"]["step"]
+                stderr().print(f"going on at step {step}", markup=False)
         try:
             outcome = train(
                 folder,
                 config=parsed,
                 datasets=datasets or (),
+                settings=settings or (),
                 init_from=start,
                 device=torch_device,
                 max_seconds=max_seconds,
@@ -95,6 +128,77 @@ def train(
             print(folder / "last" / "model.safetensors")
         if stop.is_set() and not outcome.finished:
             raise typer.Exit(130)
+
+
+def _probe(
+    config: TrainConfig,
+    datasets: Sequence[Path],
+    device: torch.device,
+    max_seconds: float,
+    as_json: bool,
+) -> None:
+    """Measure, and print a table with the choice as options of this command, or JSON."""
+    from dataclasses import asdict
+
+    from cdnctl.training.loop import GRADIENT_TOLERANCE, LOSS_TOLERANCE, best_trial, probe
+
+    seconds = PROBE_SECONDS if math.isinf(max_seconds) else max_seconds
+    trials = probe(config, datasets, device=device, max_seconds=seconds)
+    best = best_trial(trials)
+    choice = {f"run.{k}": getattr(best, k) for k in ("precision", "channels_last", "compile")}
+    if as_json:
+        rows = [
+            {k: None if v != v else v for k, v in asdict(t).items()} | {"sound": t.sound}
+            for t in trials
+        ]
+        tolerance = {"loss": LOSS_TOLERANCE, "gradient": GRADIENT_TOLERANCE}
+        print(json.dumps({"trials": rows, "tolerance": tolerance, "choice": choice}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "precision",
+        "channels last",
+        "compiled",
+        "pictures/s",
+        "first step, s",
+        "GPU memory, GB",
+        "loss off by",
+        "gradient off by",
+        "",
+    )
+    for t in trials:
+        table.add_row(*_trial_cells(t, t is best))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"The fastest whose loss is within {LOSS_TOLERANCE:.0%} of float32's and whose gradient "
+        f"within {GRADIENT_TOLERANCE:.0%}:",
+        markup=False,
+    )
+    console.print(" ".join(f"--set {k}={json.dumps(v)}" for k, v in choice.items()), markup=False)
+
+
+def _trial_cells(trial: Trial, best: bool) -> list[str]:
+    """A row of the probe's table."""
+    from rich.markup import escape
+
+    def number(value: float, form: str) -> str:
+        return "-" if math.isnan(value) else format(value, form)
+
+    remark = "chosen" if best else "" if trial.sound else "too far off"
+    return [
+        trial.precision,
+        "yes" if trial.channels_last else "no",
+        "yes" if trial.compile else "no",
+        number(trial.rate, ".0f"),
+        number(trial.first, ".1f"),
+        number(trial.memory, ".1f"),
+        number(trial.loss_error, ".2%"),
+        number(trial.gradient_error, ".2%"),
+        escape(trial.error) if trial.error else remark,
+    ]
 
 
 def _bundled() -> dict[str, Path]:

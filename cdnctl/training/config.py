@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,9 @@ class RunConfig:
     """How the run goes, without influence on what it converges to."""
 
     seed: int = 0
-    precision: str = "auto"  # auto, float32, bfloat16
+    precision: str = "auto"  # of the trunk: auto, float32, tf32, bfloat16 (auto on CUDA)
     compile: bool = False  # torch.compile the step: minutes to start, then faster
+    channels_last: bool = False  # memory order of the weights; features are always so
     log_every: int = 100
     validate_every: int = 2000
     checkpoint_every: int = 1000
@@ -158,10 +159,34 @@ def _check(c: TrainConfig) -> None:
             raise ConfigError(f"{name} is {value}, but must lie between {low} and {high}")
     if c.optim.kind not in ("adamw", "muon"):
         raise ConfigError(f"optim.kind is {c.optim.kind!r}, but must be adamw or muon")
-    if c.run.precision not in ("auto", "float32", "bfloat16"):
+    if c.run.precision not in ("auto", "float32", "tf32", "bfloat16"):
         raise ConfigError(
-            f"run.precision is {c.run.precision!r}, but must be auto, float32 or bfloat16"
+            f"run.precision is {c.run.precision!r}, but must be auto, float32, tf32 or bfloat16"
         )
+    if c.run.channels_last and c.optim.kind == "muon":
+        raise ConfigError(
+            "run.channels_last is true and optim.kind is 'muon', which needs weights that are "
+            "matrices as they lie in memory: set one of the two otherwise"
+        )
+
+
+def override(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
+    """The config with single keys set anew, each given as ``section.key=value``.
+
+    A value is written as in TOML; one that TOML does not know is taken for a string.
+    """
+    raw = config.to_dict()
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not (equals and dot and name and isinstance(raw.get(section), dict)):
+            raise ConfigError(f"{setting!r} is not SECTION.KEY=VALUE, such as optim.steps=1000")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except (ValueError, RecursionError):
+            value = text.strip()
+        raw[section][name] = value
+    return parse(raw)
 
 
 def load(path: Path) -> TrainConfig:

@@ -11,66 +11,145 @@ several processes agree on a batch without talking.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import io
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cdnctl.core.noise import sample_sigma
-from cdnctl.errors import UsageError
+from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import is_image_path, read
 from cdnctl.training.config import DataConfig, LossConfig, NoiseConfig
+
+MAX_MEMBER = 2**30  # bytes: a larger picture file in a zip file is refused before it is unpacked
 
 
 @dataclass(frozen=True)
 class Source:
-    """Picture files of a dataset; label None where it is a flat folder."""
+    """A picture file of a dataset: its place, inside ``archive`` where that is a zip file.
+
+    label: its class; None where it has none.
+    """
 
     path: Path
     label: str | None
+    archive: Path | None = None
 
 
 def find_pictures(root: Path, split: str = "train") -> list[Source]:
     """Pictures under ``root``, an ImageFolder (root/class/*), a flat folder, or either below
-    root/train and root/val. An absent split other than "train" gives an empty list.
+    root/train and root/val; or a zip file of any of these. An absent split other than "train"
+    gives an empty list.
 
-    UsageError if there is no such folder or no picture in it.
+    A zip file and the folder that it was made from give the same pictures in the same order.
+    UsageError if there is no such folder or file, no picture in it, or no telling what is meant.
     """
-    if not root.is_dir():
-        raise UsageError(f"{str(root)!r} is not a folder")
-    base = root / split
-    if not base.is_dir():
-        if split != "train":
+    if root.is_dir():
+        if not (root / split).is_dir() and split != "train":
             return []
-        base = root
-    found = [Source(p, None) for p in sorted(base.iterdir()) if p.is_file() and is_image_path(p)]
-    classes = [
-        Source(p, folder.name)
-        for folder in sorted(p for p in base.iterdir() if p.is_dir())
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and is_image_path(p)
-    ]
-    if found and classes:
+        base = root / split if (root / split).is_dir() else root
+        plain = [Source(p, None) for p in sorted(base.iterdir()) if p.is_file()]
+        classes = [
+            Source(p, folder.name)
+            for folder in sorted(p for p in base.iterdir() if p.is_dir())
+            for p in sorted(folder.rglob("*"))
+            if p.is_file()
+        ]
+    else:
+        names = _names_in_zip(root)
+        inside = [n for n in names if n.parts[0] == split and len(n.parts) > 1]
+        if not inside and split != "train":
+            return []
+        base, depth = (root / split, 1) if inside else (root, 0)
+        sources = [
+            Source(Path(n), n.parts[depth] if len(n.parts) > depth + 1 else None, root)
+            for n in inside or names
+        ]
+        plain = [s for s in sources if s.label is None]
+        classes = [s for s in sources if s.label is not None]
+    plain = [s for s in plain if is_image_path(s.path)]
+    classes = [s for s in classes if is_image_path(s.path)]
+    if plain and classes:
         raise UsageError(
-            f"{str(base)!r} holds both pictures ({found[0].path.name!r}) and folders of pictures "
+            f"{str(base)!r} holds both pictures ({plain[0].path.name!r}) and folders of pictures "
             f"({classes[0].label!r}): are its pictures labelled or not? Move one kind elsewhere"
         )
-    found += classes
-    if not found:
+    if not plain and not classes:
         raise UsageError(
             f"no pictures in {str(base)!r}: expected {root}/CLASS/*.png, "
             f"{root}/train/CLASS/*.png or a flat folder of pictures"
         )
-    return found
+    return plain + classes
 
 
-def _load(source: Source) -> Tensor:
+def _names_in_zip(path: Path) -> list[PurePosixPath]:
+    """Names of the files in a zip file, sorted like those in a folder.
+
+    Names are only read as labels and never become paths on the disk, but one that looks as if
+    it wanted to is refused all the same: whoever made it meant something else by it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [m for m in archive.infolist() if not m.is_dir()]
+    except FileNotFoundError:
+        raise UsageError(f"{str(path)!r} is not a folder or zip file: it is not there") from None
+    except Exception as error:  # damaged directories of zip files fail in every way there is
+        raise UsageError(f"{str(path)!r} is not a folder or zip file: {error}") from None
+    names = set()
+    for member in members:
+        name = PurePosixPath(member.filename)
+        plain = str(name) == member.filename and "\\" not in member.filename
+        if not plain or not name.parts or name.parts[0] == "/" or ".." in name.parts:
+            raise UsageError(
+                f"{str(path)!r} holds {member.filename!r}, which is no plain name of a file in a "
+                "folder: pack the pictures anew, such as 'CLASS/1.png'"
+            )
+        if name.parts[0] == "__MACOSX":  # remarks of another system on the other files
+            continue
+        if name.suffix.lower() == ".zip":
+            raise UsageError(
+                f"{str(path)!r} holds another zip file, {member.filename!r}: "
+                "unpack it and give the inner one"
+            )
+        if is_image_path(Path(name)):
+            if member.flag_bits & 1:
+                raise UsageError(
+                    f"{member.filename!r} in {str(path)!r} is encrypted: unpack it yourself, and "
+                    "give the folder"
+                )
+            if member.file_size > MAX_MEMBER:
+                raise UsageError(
+                    f"{member.filename!r} in {str(path)!r} claims {member.file_size} bytes, more "
+                    f"than the limit of {MAX_MEMBER}: take it out"
+                )
+        names.add(name)
+    return sorted(names)
+
+
+def _load(source: Source, archives: Mapping[Path, zipfile.ZipFile]) -> Tensor:
     """One picture as uint8 (3, H, W)."""
-    pixels = read(source.path).pixels
+    if source.archive is None:
+        pixels = read(source.path).pixels
+    else:
+        place = f"{source.archive}:{source.path.as_posix()}"
+        try:
+            pixels = read(io.BytesIO(archives[source.archive].read(source.path.as_posix()))).pixels
+        except ImageError as error:  # of the picture; it says 'standard input' where we know more
+            reason = str(error).partition("standard input': ")[2] or error
+            raise ImageError(f"cannot read {place!r}: {reason}") from None
+        except Exception as error:  # of the zip file: as many kinds as there are ways to pack
+            raise ImageError(
+                f"cannot read {place!r}: the zip file is damaged ({error or type(error).__name__})"
+            ) from None
     if pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
     levels = np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
@@ -90,8 +169,12 @@ class Pictures:
     @staticmethod
     def load(sources: Sequence[Source], classes: Sequence[str], device: torch.device) -> Pictures:
         """Decode all files into memory. ImageError names the first that cannot be read."""
-        with ThreadPoolExecutor() as pool:
-            pictures = list(pool.map(_load, sources))
+        with ExitStack() as stack, ThreadPoolExecutor() as pool:
+            archives = {
+                path: stack.enter_context(zipfile.ZipFile(path))
+                for path in {s.archive for s in sources if s.archive is not None}
+            }
+            pictures = list(pool.map(lambda s: _load(s, archives), sources))
         index = {name: i for i, name in enumerate(classes)}
         lengths = torch.tensor([p.numel() for p in pictures])
         return Pictures(
@@ -170,7 +253,7 @@ class Batches:
     ):
         self.pictures, self.data, self.noise, self.loss = pictures, data, noise, loss
         self.seed = seed
-        # Host copies: reading these back from a GPU at every step would stall it.
+        # On the host: reading these back from a GPU at every step would stall it.
         self.labels, self.sizes = pictures.labels.cpu(), pictures.sizes.cpu()
         labelled = self.labels >= 0
         self.pools = [labelled.nonzero().flatten(), (~labelled).nonzero().flatten()]
@@ -192,17 +275,17 @@ class Batches:
     def _draw(self, pool: int, step: int) -> Tensor:
         """Every picture of a pool once per epoch, in an order of the epoch's own."""
         members, count = self.pools[pool], self.counts[pool]
-        places = torch.arange(step * count, (step + 1) * count)
-        epochs, slots = places // max(len(members), 1), places % max(len(members), 1)
-        chosen = torch.empty(count, dtype=torch.int64)
-        for epoch in epochs.unique().tolist():
+        place, end, size = step * count, (step + 1) * count, len(members)
+        chosen = [members[:0]]
+        while place < end:
+            epoch, slot = divmod(place, size)
             if (pool, epoch) not in self._orders:
                 self._orders = {k: v for k, v in self._orders.items() if k[0] != pool}
-                order = torch.randperm(len(members), generator=self._generator(1 + pool, epoch))
+                order = torch.randperm(size, generator=self._generator(1 + pool, epoch))
                 self._orders[pool, epoch] = members[order]
-            here = epochs == epoch
-            chosen[here] = self._orders[pool, epoch][slots[here]]
-        return chosen
+            chosen.append(self._orders[pool, epoch][slot : slot + end - place])
+            place += len(chosen[-1])
+        return torch.cat(chosen)
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Batch of a step; process ``rank`` of ``world`` gets its share of the rows."""
@@ -228,15 +311,29 @@ class Batches:
         short = torch.rand(b, generator=g) < self.noise.mismatch
         told = torch.where(short, sigma * (0.25 + 0.75 * torch.rand(b, generator=g)), sigma)
         rows = slice(rank, None, world)
-        which, corner, turn = which[rows], corner[rows], turn[rows]
+        whole = torch.stack([which, *corner.unbind(1), turn, labels, condition.long()])
+        which, top, left, turn, labels, on = _send(whole[:, rows], device).unbind()
+        sigma, told = _send(torch.stack([sigma, told])[:, rows], device).unbind()
         return Batch(
-            clean=self.pictures.crops(which, corner[:, 0], corner[:, 1], turn, p),
+            clean=self.pictures.crops(which, top, left, turn, p),
             noise=noise[rows],
-            sigma=sigma[rows].to(device),
-            told=told[rows].to(device),
-            labels=labels[rows].to(device),
-            condition=condition[rows].to(device),
+            sigma=sigma,
+            told=told,
+            labels=labels,
+            condition=on.bool(),
         )
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that nobody waits for.
+
+    A GPU fetches by itself what lies in page-locked memory; of any other the host would have to
+    wait until the GPU has done all that was asked of it before.
+    """
+    tensor = tensor.contiguous()
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def split_holdout(pictures: Pictures, count: int) -> tuple[Pictures, Pictures]:
@@ -249,6 +346,20 @@ def split_holdout(pictures: Pictures, count: int) -> tuple[Pictures, Pictures]:
     keep = torch.ones(n, dtype=torch.bool)
     keep[held] = False
     return pictures.subset(keep.nonzero().flatten()), pictures.subset(held)
+
+
+def fingerprint(*parts: Pictures) -> dict[str, Any]:
+    """What tells whether pictures are the same, wherever they lie: their number, pixels, and
+    a SHA-256 of pixels, sizes and labels in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for tensor in (part.buffer, part.sizes, part.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+    return {
+        "pictures": sum(len(p) for p in parts),
+        "pixels": sum(int(p.sizes.prod(1).sum()) for p in parts),
+        "sha256": digest.hexdigest(),
+    }
 
 
 def load_datasets(
