@@ -5,9 +5,8 @@ level (seeded by both, so that no score depends on the order or number of pictur
 the noisy picture not clipped, the result clipped to [0, 1] but not rounded, PSNR for
 the data range [0, 1], averaged over pictures.
 
-Small pictures of one size go through the network together. A batch is always filled up
-to the same number of pictures, because kernels round differently for another number: so
-no score depends on who shares the batch, either.
+Small pictures of one size go through the network together, in batches that are always
+filled up (see ``restore.batch_size``): so no score depends on who shares the batch, either.
 """
 
 from __future__ import annotations
@@ -27,14 +26,12 @@ from torch import Tensor
 
 from cdnctl import images
 from cdnctl.api import Model
+from cdnctl.batch import find_pictures
 from cdnctl.core.metrics import psnr
 from cdnctl.errors import ImageError, UsageError
-from cdnctl.restore import Field, estimate_sigma, find_pictures
+from cdnctl.restore import Field, batch_size, estimate_sigma
 
-# Of a batch. On a CPU core, more than 16 pictures of 32 x 32 at once gain nothing.
-BATCH_PIXELS_CPU, BATCH_PIXELS = 2**14, 2**19
-# That wait for others of their size: some 100 MB.
-WAITING_PIXELS = 2**22
+WAITING_PIXELS = 2**22  # that wait for others of their size: some 100 MB
 
 T = TypeVar("T")
 
@@ -140,19 +137,14 @@ def noisy_version(clean: np.ndarray, sigma: float, name: str, seed: int) -> np.n
     return clean + np.float32(sigma) * noise
 
 
-def batch_size(model: Model, height: int, width: int) -> int:
-    """How many pictures of a size go through the network together."""
-    pixels = BATCH_PIXELS_CPU if model.device.type == "cpu" else BATCH_PIXELS
-    return max(1, pixels // (height * width))
-
-
 def batches(
-    items: Iterable[T], kind: Callable[[T], tuple[int, ...]], model: Model
+    items: Iterable[T], kind: Callable[[T], tuple[int, ...]], count: Callable[[int, int], int]
 ) -> Iterator[list[T]]:
-    """Lists of items of one kind, as many as go through the network together.
+    """Lists of items of one kind, which can go through a network together.
 
     kind: height and width of an item, and whatever else must be equal within a list.
-    Full lists come at once. Where too many pixels wait, the kind that waits longest comes.
+    count: height and width to the length of a full list. Full lists come at once. Where too
+    many pixels wait, the kind that waits longest comes.
     """
     waiting: dict[tuple[int, ...], list[T]] = {}
     pixels = 0
@@ -160,7 +152,7 @@ def batches(
         key = kind(item)
         waiting.setdefault(key, []).append(item)
         pixels += key[0] * key[1]
-        full = len(waiting[key]) == batch_size(model, *key[:2])
+        full = len(waiting[key]) == count(key[0], key[1])
         while full or pixels > WAITING_PIXELS:
             key = key if full else next(iter(waiting))
             group = waiting.pop(key)
@@ -215,7 +207,7 @@ def evaluate(
                 yield _Job(next(places), sample, clean, noisy, sigma)
 
     due = 0
-    for group in batches(jobs(), lambda job: job.kind, model):
+    for group in batches(jobs(), lambda job: job.kind, batch_size):
         ready |= zip((job.place for job in group), _score(group, model), strict=True)
         while due in ready:
             yield ready.pop(due)
@@ -241,19 +233,18 @@ class _Batch:
         self.model, self.count = model, len(jobs)
         fields = [Field(model, job.noisy, job.sigma) for job in jobs]
         self.field = fields[0]
-        self.height, self.width = jobs[0].noisy.shape[:2]
         self.tiled = len(self.field.tiles) > 1
         if not self.tiled:
-            y = self._filled(torch.stack([_extended(model, job.noisy) for job in jobs]))
+            box = self.field.tiles[0].read
+            y = self._filled(torch.stack([field.read(box) for field in fields]))
             self.y = self.field.repeated(y)
             self.seen = self._filled(torch.tensor([field.seen for field in fields]))
 
     def _filled(self, values: Tensor) -> Tensor:
         """(n, ...) with blanks up to the size of a batch, on the device."""
-        blanks = batch_size(self.model, self.height, self.width) - self.count
-        return torch.cat([values, values.new_zeros(blanks, *values.shape[1:])]).to(
-            self.model.device
-        )
+        blanks = batch_size(self.field.height, self.field.width) - self.count
+        blank = values.new_zeros(blanks, *values.shape[1:])
+        return torch.cat([values, blank]).to(self.model.device)
 
     @cached_property
     def logits(self) -> Tensor:
@@ -274,14 +265,8 @@ class _Batch:
         )
         if self.field.repeat > 1:
             correction = correction.mean(1, keepdim=True)
-        correction = correction[: self.count, :, : self.height, : self.width]
+        correction = correction[: self.count, :, : self.field.height, : self.field.width]
         return correction.permute(0, 2, 3, 1).cpu().numpy(), logits[: self.count].cpu()
-
-
-def _extended(model: Model, pixels: np.ndarray) -> Tensor:
-    """(H, W, C) as (C, H', W'), mirrored at the edges to sides that the network needs."""
-    pad = [(0, -n % model.module.config.multiple) for n in pixels.shape[:2]]
-    return torch.from_numpy(np.pad(pixels, [*pad, (0, 0)], mode="symmetric").transpose(2, 0, 1))
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from cdnctl.errors import UsageError
 from cdnctl.evaluate import (
     Row,
     Sample,
-    batch_size,
     batches,
     evaluate,
     find_samples,
@@ -39,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def write(path: Path, pixels: np.ndarray | None = None) -> Path:
     """A float TIFF, so that what is read back is exactly what was made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images.write(Image(picture(20, 24) if pixels is None else pixels, np.dtype(np.float32)), path)
+    images.write(Image.of(picture(20, 24) if pixels is None else pixels, np.float32), path)
     return path
 
 
@@ -282,11 +281,10 @@ def test_a_batch_gives_what_each_picture_gives_alone(
 ) -> None:
     network = tiny(tmp_path, arch, norm=norm)
     samples, levels = mixed_folder(tmp_path / "in"), [0.0, *SIGMAS]
-    assert batch_size(network, 20, 24) > len(samples)
+    assert restore.batch_size(20, 24) > len(samples)
     together = list(evaluate(samples, network, levels))
     with monkeypatch.context() as patch:
-        patch.setattr(cdnctl.evaluate, "BATCH_PIXELS_CPU", 1)
-        assert batch_size(network, 20, 24) == 1
+        patch.setattr(cdnctl.evaluate, "batch_size", lambda height, width: 1)
         alone = list(evaluate(samples, network, levels))
     assert [r.error for r in together] == [r.error for r in alone]
     for a, b in zip(together, alone, strict=True):
@@ -306,7 +304,7 @@ def test_tiles_give_what_the_whole_gives(
     sample = Sample(write(tmp_path / "a.tif", picture(130, 70)), "dog")
     (whole,) = evaluate([sample], model, SIGMAS[1:])
     monkeypatch.setattr(restore, "DEFAULT_TILE", 64)
-    monkeypatch.setattr(cdnctl.evaluate, "BATCH_PIXELS_CPU", 1)
+    monkeypatch.setattr(cdnctl.evaluate, "batch_size", lambda height, width: 1)
     assert len(restore.Field(model, picture(130, 70), 0.1).tiles) > 1
     (tiled,) = evaluate([sample], model, SIGMAS[1:])
     assert tiled.predicted == whole.predicted
@@ -315,10 +313,10 @@ def test_tiles_give_what_the_whole_gives(
 
 
 @pytest.mark.parametrize("limit", [0, 2000, 10**9])
-def test_batches_lose_nothing_and_hold_little(
-    model: Model, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
-    monkeypatch.setattr(cdnctl.evaluate, "BATCH_PIXELS_CPU", 3000)
+def test_batches_lose_nothing_and_hold_little(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    def count(height: int, width: int) -> int:
+        return max(1, 3000 // (height * width))
+
     monkeypatch.setattr(cdnctl.evaluate, "WAITING_PIXELS", limit)
     rng = np.random.default_rng(0)
     kinds = [(20, 24, 0), (20, 24, 1), (24, 20, 0), (10, 10, 0), (100, 100, 0)]
@@ -331,13 +329,13 @@ def test_batches_lose_nothing_and_hold_little(
             taken.append(item)
             yield item
 
-    for group in batches(take(), lambda item: item[1], model):
+    for group in batches(take(), lambda item: item[1], count):
         if len(taken) < len(items):
             held = {item for item in taken if item not in given}
             assert sum(h * w for _, (h, w, _) in held - {taken[-1]}) <= limit
         given += group
         ((height, width, _),) = {item[1] for item in group}
-        assert len(group) <= batch_size(model, height, width)
+        assert len(group) <= count(height, width)
     assert sorted(given) == items
 
 
