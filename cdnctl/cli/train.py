@@ -143,7 +143,8 @@ def _probe(
     from cdnctl.training.loop import GRADIENT_TOLERANCE, LOSS_TOLERANCE, best_trial, probe
 
     seconds = PROBE_SECONDS if math.isinf(max_seconds) else max_seconds
-    trials = probe(config, datasets, device=device, max_seconds=seconds)
+    each = min(2.0, seconds / 20)
+    trials = probe(config, datasets, device=device, max_seconds=seconds, each=each)
     best = best_trial(trials)
     choice = {f"run.{k}": getattr(best, k) for k in ("precision", "channels_last", "compile")}
     if as_json:
@@ -157,17 +158,7 @@ def _probe(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "precision",
-        "channels last",
-        "compiled",
-        "pictures/s",
-        "first step, s",
-        "GPU memory, GB",
-        "loss off by",
-        "gradient off by",
-        "",
-    )
+    table = Table("way", "pictures/s", "first, s", "GPU GB", "loss off", "gradient off", "")
     for t in trials:
         table.add_row(*_trial_cells(t, t is best))
     console = Console(highlight=False)
@@ -177,7 +168,8 @@ def _probe(
         f"within {GRADIENT_TOLERANCE:.0%}:",
         markup=False,
     )
-    console.print(" ".join(f"--set {k}={json.dumps(v)}" for k, v in choice.items()), markup=False)
+    options = " ".join(f"--set {k}={json.dumps(v)}" for k, v in choice.items())
+    console.print(options, markup=False, soft_wrap=True)
 
 
 def _trial_cells(trial: Trial, best: bool) -> list[str]:
@@ -189,9 +181,13 @@ def _trial_cells(trial: Trial, best: bool) -> list[str]:
 
     remark = "chosen" if best else "" if trial.sound else "too far off"
     return [
-        trial.precision,
-        "yes" if trial.channels_last else "no",
-        "yes" if trial.compile else "no",
+        " ".join(
+            [
+                trial.precision,
+                *(["channels-last"] if trial.channels_last else []),
+                *(["compiled"] if trial.compile else []),
+            ]
+        ),
         number(trial.rate, ".0f"),
         number(trial.first, ".1f"),
         number(trial.memory, ".1f"),

@@ -55,7 +55,7 @@ CHANGEABLE = tuple(
 )  # keys of the config that may be set anew when a run goes on
 MAX_REVERTS = 20  # in a row, before a run is given up
 VALIDATION_PIXELS = 2**22  # that a GPU works on at once
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.1  # of `probe`, relative to float32
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05  # of `probe`, relative to float32
 
 Objective = Callable[[Network, Batch, LossConfig], tuple[Tensor, Tensor]]
 
