@@ -873,7 +873,7 @@ def _measure(
             train_step(state, objective, batches(step := step + 1), config)
         _finish(device)
         count, began, seconds = 0, time.monotonic(), 0.0
-        while seconds < each:
+        while not count or seconds < each:
             for _ in range(max(1, count)):
                 train_step(state, objective, batches(step := step + 1), config)
                 count += 1
