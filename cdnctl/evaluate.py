@@ -215,6 +215,17 @@ def evaluate(
     yield from (ready[place] for place in sorted(ready))
 
 
+def read_pictures(
+    samples: Iterable[Sample], failed: Callable[[str], None]
+) -> Iterator[tuple[Sample, np.ndarray]]:
+    """Samples with their clean pixels, float32 (H, W, C); ``failed`` is told of unreadable ones."""
+    for sample in samples:
+        try:
+            yield sample, images.read(sample.clean).pixels
+        except ImageError as error:
+            failed(str(error))
+
+
 def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
     """The clean picture, and the noisy one if it is given."""
     clean = images.read(sample.clean).pixels

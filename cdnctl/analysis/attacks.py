@@ -285,14 +285,14 @@ def robustness(
     draws: int = 0,
     source: Model | None = None,
     seed: int = 0,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[Robustness]:
     """Accuracy on clean pictures and under every attack, attacks of one kind by their radius.
 
     pictures: float32 (H, W, C) in [0, 1] and the class of each. sigma, draws: see
     ``log_posterior``. source: changes that lead this model astray most are tried on ``model``
     (a transfer attack). A picture that falls within one radius has fallen within every
-    larger one, as the balls lie in each other. advance: told how many pictures are done.
+    larger one, as the balls lie in each other. advance: called per picture and attack.
     """
     target = log_posterior(model, sigma, draws, seed)
     if source is not None and source.classes != model.classes:
@@ -324,7 +324,8 @@ def robustness(
                 with torch.no_grad():
                     standing[rows] = target(examples).argmax(1) == labels[rows]
             correct[attack] += int(standing.sum())
-            advance(len(group))
+            for _ in group:
+                advance()
     return [Robustness(attack, sigma, total, count) for attack, count in correct.items()]
 
 

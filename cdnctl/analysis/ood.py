@@ -74,7 +74,7 @@ def measure(
     pictures: Iterable[Picture],
     sigma: float,
     seed: int = 0,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray]:
     """The scores, (n,) each, of pictures with noise of standard deviation sigma (in [0, 1])."""
     parts: dict[str, list[Tensor]] = {}
@@ -86,7 +86,8 @@ def measure(
         )
         for name, values in scores(model.module, x, y, sigma).items():
             parts.setdefault(name, []).append(values.cpu())
-        advance(len(group))
+        for _ in group:
+            advance()
     return {name: torch.cat(values).numpy() for name, values in parts.items()}
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +18,6 @@ from cdnctl.cli.common import (
     PEAK,
     Device,
     Json,
-    ModelOption,
     Quiet,
     Threads,
     parse_sigmas,
@@ -25,10 +25,20 @@ from cdnctl.cli.common import (
     report_error,
     start_torch,
 )
-from cdnctl.errors import ImageError, UsageError
+from cdnctl.errors import ImageError, SetupError, UsageError
 
 if TYPE_CHECKING:
-    from cdnctl.evaluate import Row, Summary
+    from cdnctl.analysis.attacks import Attack, Budget, Robustness
+    from cdnctl.analysis.ood import Separation
+    from cdnctl.api import Model
+    from cdnctl.evaluate import Row, Sample, Summary
+    from cdnctl.selection import Models
+
+ROBUSTNESS, OOD = (
+    "Robustness (instead of the scores)",
+    "Out of distribution (instead of the scores)",
+)
+SYNTHETIC = "synthetic"
 
 
 def register(app: typer.Typer) -> None:
@@ -39,68 +49,347 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Clean pictures: flat, or class folders.")],
     sigma: Annotated[
-        str, typer.Option("--sigma", help="Noise levels to add, 0..255, comma-separated.")
-    ] = "15,25,50",
+        str | None,
+        typer.Option(
+            "--sigma",
+            help="Noise levels, 0..255: 15,25,50 or start:stop:step "
+            "(default: 15,25,50; 0 with --attack; 0,25 with --ood).",
+        ),
+    ] = None,
     noisy: Annotated[
         Path | None, typer.Option("--noisy", help="Folder of noisy partners; adds no noise.")
     ] = None,
-    model: ModelOption = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", help="auto, a bundled model, or a .safetensors file; repeat to compare."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of all that is random.")] = 0,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Only this many pictures, evenly spaced.")
     ] = None,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", help="Write a row per picture and noise level.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw PSNR and accuracy over sigma: FILE.png.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that exist.")
+    ] = False,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--attack",
+            help="Accuracy under attack, by norm and radius: linf:1,2,4,8,l2:0.25,0.5 (linf on "
+            "the 0..255 scale, l2 for pixels in 0..1); square:8 is linf without gradients.",
+            rich_help_panel=ROBUSTNESS,
+        ),
+    ] = None,
+    attack_from: Annotated[
+        str | None,
+        typer.Option(
+            "--attack-from",
+            help="Make the changes on this model, and try them on --model.",
+            rich_help_panel=ROBUSTNESS,
+        ),
+    ] = None,
+    steps: Annotated[
+        int,
+        typer.Option("--steps", min=1, help="Gradient steps.", rich_help_panel=ROBUSTNESS),
+    ] = 40,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            "--restarts", min=1, help="Starts, all but one random.", rich_help_panel=ROBUSTNESS
+        ),
+    ] = 5,
+    queries: Annotated[
+        int,
+        typer.Option("--queries", min=1, help="Tries of square.", rich_help_panel=ROBUSTNESS),
+    ] = 1000,
+    draws: Annotated[
+        int,
+        typer.Option(
+            "--draws",
+            min=0,
+            help="Attack the mean over this many fixed noises of --sigma (0: add none).",
+            rich_help_panel=ROBUSTNESS,
+        ),
+    ] = 0,
+    ood: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ood",
+            help="How well scores tell FOLDER from these pictures (AUROC): another folder, or "
+            "synthetic; repeatable.",
+            rich_help_panel=OOD,
+        ),
+    ] = None,
 ) -> None:
     """Measure PSNR, SSIM and accuracy on folders of clean pictures.
 
     Noise is Gaussian, from a fixed seed, not clipped; results are clipped; scores are
-    means over pictures.
+    means over pictures. What a model cannot do is left blank.
     """
-    levels = parse_sigmas(sigma)
+    mode = "--attack" if attack else "--ood" if ood else None
+    others = {"--noisy": noisy, "--csv": csv_file, "--plot": plot, "--ood": ood if attack else None}
+    for option, value in others.items():
+        if mode and value:
+            raise UsageError(f"{option} goes with the scores, not with {mode}")
+    default = {"--attack": "0", "--ood": "0,25", None: "15,25,50"}[mode]
+    levels = parse_levels(default if sigma is None else sigma)
+    for path in filter(None, (csv_file, plot)):
+        if path.exists() and not overwrite:
+            raise UsageError(f"{str(path)!r} exists: give --overwrite to replace it")
+    if plot is not None:
+        _check_plot(plot, noisy)
     torch_device = start_torch(device, threads)
-    from cdnctl.evaluate import evaluate, find_samples, summarise
-    from cdnctl.restore import expand
     from cdnctl.selection import Models
 
-    models = Models(model, torch_device)
-    chosen = models.pick(*_first_size(expand([folder], recursive=True)))
-    samples = find_samples(folder, noisy, chosen)
-    if limit is not None and limit < len(samples):
-        samples = [samples[i * len(samples) // limit] for i in range(limit)]
-    rows = []
-    per_picture = 1 if noisy else len(levels)
-    with progress(len(samples) * per_picture, quiet) as advance:
-        for row in evaluate(samples, chosen, levels, seed):
-            rows.append(row)
-            if row.error is not None:
-                report_error(row.error)
-            advance()
-    summary = summarise(rows, paired=noisy is not None)
-    if csv_file is not None:
-        _write_csv(csv_file, rows)
-    protocol = {
-        "model": chosen.name,
-        "weights": chosen.hash,
-        "seed": seed,
-        "noise": "gaussian, not clipped" if noisy is None else "given",
-        "output": "clipped to [0, 1], not rounded",
-        "data_range": 1.0,
-        "averaging": "mean of per-picture values",
-    }
-    if as_json:
-        print(json.dumps({"protocol": protocol, "scores": [_scaled(s) for s in summary]}))
+    run = _Run(levels, seed, limit, as_json, quiet)
+    for name in model or ["auto"]:
+        run.add(Models(name, torch_device), folder, noisy)
+    if attack:
+        from cdnctl.analysis.attacks import Budget
+        from cdnctl.api import load
+
+        source = None if attack_from is None else load(attack_from, torch_device)
+        budget = Budget(steps, restarts, queries)
+        _measure_robustness(run, parse_attacks(attack), budget, draws, source)
+    elif ood:
+        _measure_ood(run, ood)
     else:
-        _table(summary)
-        if not quiet:
-            print(", ".join(f"{k} {v}" for k, v in protocol.items()))
-    if any(row.error for row in rows):
+        rows = _measure_scores(run, noisy is not None)
+        if csv_file is not None:
+            _write_csv(csv_file, rows)
+        if plot is not None:
+            _draw(plot, run.table)
+    run.print()
+    if run.failed:
         raise typer.Exit(1)
+
+
+@dataclass
+class _Run:
+    """What all measurements share, and what they have found."""
+
+    levels: list[float]  # in [0, 1]
+    seed: int
+    limit: int | None
+    as_json: bool
+    quiet: bool
+    models: list[tuple[Model, list[Sample]]] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, models: Models, folder: Path, noisy: Path | None) -> None:
+        """A model to measure, that which suits the first picture."""
+        from cdnctl.batch import expand
+        from cdnctl.evaluate import find_samples
+
+        chosen = models.pick(*_first_size(expand([folder], recursive=True)))
+        self.models.append((chosen, self.some(find_samples(folder, noisy, chosen))))
+
+    def some(self, items: Sequence[Any]) -> list[Any]:
+        """At most ``limit`` of them, evenly spaced."""
+        if self.limit is None or self.limit >= len(items):
+            return list(items)
+        return [items[i * len(items) // self.limit] for i in range(self.limit)]
+
+    def fail(self, error: str) -> None:
+        """A file that cannot be read, reported once."""
+        if error not in self.failed:
+            self.failed.add(error)
+            report_error(error)
+
+    def report(
+        self, model: Model, kind: str, rows: list[dict[str, Any]], protocol: Mapping[str, Any]
+    ) -> None:
+        """What was found of a model."""
+        about = {"model": model.name, "weights": model.hash, "seed": self.seed, **protocol}
+        self.reports.append({"protocol": about, kind: rows})
+        self.table += [{"model": self.label(model), **row} for row in rows]
+
+    def label(self, model: Model) -> str:
+        """Its name, which weights files may share."""
+        names = [m.name for m, _ in self.models]
+        return model.name if names.count(model.name) == 1 else f"{model.name} {model.hash[:6]}"
+
+    def print(self) -> None:
+        """Everything, as JSON or as a table."""
+        if self.as_json:
+            for report in self.reports:
+                print(json.dumps(report))
+            return
+        _print_table(self.table)
+        if not self.quiet:
+            for report in self.reports:
+                print(", ".join(f"{k} {v}" for k, v in report["protocol"].items()))
+
+
+def _measure_scores(run: _Run, paired: bool) -> list[dict[str, Any]]:
+    """Scores of every model; the rows that they are means of."""
+    from cdnctl.evaluate import evaluate, summarise
+
+    per_picture = 1 if paired else len(run.levels)
+    every = []
+    with progress(sum(len(s) for _, s in run.models) * per_picture, run.quiet) as advance:
+        for model, samples in run.models:
+            rows = []
+            for row in evaluate(samples, model, run.levels, run.seed):
+                rows.append(row)
+                if row.error is not None:
+                    run.fail(row.error)
+                advance()
+            protocol = {
+                "noise": "given" if paired else "gaussian, not clipped",
+                "output": "clipped to [0, 1], not rounded",
+                "data_range": 1.0,
+                "averaging": "mean of per-picture values",
+            }
+            run.report(model, "scores", [_scaled(s) for s in summarise(rows, paired)], protocol)
+            every += [{"model": run.label(model), **_scaled(row)} for row in rows]
+    return every
+
+
+def _measure_robustness(
+    run: _Run, attacks: Sequence[Attack], budget: Budget, draws: int, source: Model | None
+) -> None:
+    """Accuracy of every model under every attack at every noise level that it is told."""
+    from cdnctl.analysis.attacks import robustness
+    from cdnctl.evaluate import read_pictures
+
+    runs = sum(len(samples) for _, samples in run.models) * len(run.levels) * len(attacks)
+    with progress(runs, run.quiet) as advance:
+        for model, samples in run.models:
+            if any(sample.label is None for sample in samples):
+                raise UsageError(
+                    "--attack needs folders named after classes of model "
+                    f"{model.name!r}: {', '.join(model.classes)}"
+                )
+            pictures = [(x, str(s.label)) for s, x in read_pictures(samples, run.fail)]
+            rows = []
+            for sigma in run.levels:
+                found = robustness(
+                    pictures,
+                    model,
+                    attacks,
+                    sigma,
+                    budget=budget,
+                    draws=draws,
+                    source=source,
+                    seed=run.seed,
+                    advance=advance,
+                )
+                rows += [_robust_row(result) for result in found]
+            protocol = {**asdict(budget), "draws": draws, "interval": "95 %, exact binomial"}
+            if source is not None:
+                protocol |= {"made_on": source.name, "made_on_weights": source.hash}
+            run.report(model, "robustness", rows, protocol)
+
+
+def _robust_row(result: Robustness) -> dict[str, Any]:
+    """As a dict, with the noise level and l-inf radii on the command line's scale."""
+    attack = result.attack
+    return {
+        "sigma": round(result.sigma * PEAK, 4),
+        "attack": "none" if attack is None else attack.kind,
+        "radius": 0.0 if attack is None else round(attack.radius * _unit(attack.kind), 6),
+        "pictures": result.pictures,
+        "robust_accuracy": result.accuracy,
+        "interval": result.interval,
+    }
+
+
+def _measure_ood(run: _Run, others: Sequence[str]) -> None:
+    """How well each score of each model tells other pictures from those of the folder."""
+    from cdnctl.analysis.ood import fit, measure, separations, synthetic
+    from cdnctl.batch import expand
+    from cdnctl.evaluate import Sample, read_pictures
+
+    foreign = {
+        name: run.some([Sample(path) for path in expand([Path(name)], recursive=True)])
+        for name in others
+        if name != SYNTHETIC
+    }
+    for model, own in run.models:
+        side, channels = model.header.patch, model.module.config.channels
+        sets = {
+            name: [(s.key, fit(x, side, channels)) for s, x in read_pictures(samples, run.fail)]
+            for name, samples in [("", own), *foreign.items()]
+        }
+        if SYNTHETIC in others:
+            sets[SYNTHETIC] = list(synthetic(run.limit or len(own), side, channels, run.seed))
+        rows = []
+        count = sum(len(pictures) for pictures in sets.values()) * len(run.levels)
+        with progress(count, run.quiet) as advance:
+            for sigma in run.levels:
+                inside, *outside = (
+                    measure(model, pictures, sigma, run.seed, advance) for pictures in sets.values()
+                )
+                for name, found in zip(list(sets)[1:], outside, strict=True):
+                    rows += [{"ood": name, **_scaled(s)} for s in separations(inside, found, sigma)]
+        run.report(model, "ood", rows, {"size": side, "noise": "gaussian, not clipped"})
+
+
+def parse_levels(text: str) -> list[float]:
+    """Noise levels in [0, 1]: comma-separated, 0..255, each a number or start:stop:step."""
+    parts: list[str] = []
+    for part in text.split(","):
+        if ":" not in part:
+            parts.append(part)
+            continue
+        try:
+            start, stop, step = (float(number) for number in part.split(":"))
+            count = math.floor((stop - start) / step + 1e-9)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            count = -1
+        if not 0 <= count <= PEAK:
+            raise UsageError(
+                f"{part!r} in --sigma {text!r} is not start:stop:step, such as 0:100:10"
+            )
+        parts += [f"{start + i * step:g}" for i in range(count + 1)]
+    return parse_sigmas(",".join(parts))
+
+
+def parse_attacks(texts: Sequence[str]) -> list[Attack]:
+    """Attacks such as linf:1,2,4,l2:0.5. Radii of linf and square are 0..255."""
+    from cdnctl.analysis.attacks import Attack
+
+    attacks, kind = [], ""
+    for part in ",".join(texts).split(","):
+        name, colon, number = part.strip().rpartition(":")
+        kind = name if colon else kind
+        try:
+            radius = float(number)
+        except ValueError:
+            radius = math.nan
+        if not kind or math.isnan(radius):
+            raise UsageError(f"{part!r} in --attack is not KIND:RADIUS, such as linf:4 or l2:0.5")
+        if kind == "l2" and radius > 10:
+            raise UsageError(
+                f"l2 radii are for pixels in 0..1: {radius:g} would allow anything; "
+                f"did you mean l2:{radius / PEAK:.2g}?"
+            )
+        if kind != "l2" and 0 < radius < 0.2:
+            raise UsageError(
+                f"radii of {kind} are on the 0..255 scale: {radius:g} is next to nothing; "
+                f"did you mean {kind}:{radius * PEAK:.2g}?"
+            )
+        attacks.append(Attack(kind, radius / _unit(kind)))
+    return attacks
+
+
+def _unit(kind: str) -> float:
+    """What a radius of an attack in [0, 1] pixel units is multiplied with to be shown."""
+    return 1.0 if kind == "l2" else float(PEAK)
 
 
 def _first_size(files: Sequence[Path]) -> tuple[int, int]:
@@ -109,12 +398,12 @@ def _first_size(files: Sequence[Path]) -> tuple[int, int]:
 
     for path in files:
         with suppress(ImageError):
-            pixels = images.read(path).pixels
+            pixels = images.read(path).samples
             return pixels.shape[0], pixels.shape[1]
     return 1, 1
 
 
-def _scaled(item: Row | Summary) -> dict[str, object]:
+def _scaled(item: Row | Summary | Separation) -> dict[str, Any]:
     """As a dict, with the noise level on the command line's scale."""
     values = asdict(item)
     if values["sigma"] is not None:
@@ -122,46 +411,109 @@ def _scaled(item: Row | Summary) -> dict[str, object]:
     return values
 
 
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    from cdnctl.checkpoints import write_atomically
-    from cdnctl.evaluate import Row
-
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(Row)])
+    writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
-    writer.writerows(_scaled(row) for row in rows)
+    writer.writerows(rows)
+    _save(path, text.getvalue().encode())
+
+
+def _save(path: Path, data: bytes) -> None:
+    from cdnctl.checkpoints import write_atomically
+
     try:
-        write_atomically(path, text.getvalue().encode())
+        write_atomically(path, data)
     except OSError as error:
         raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
 
 
-def _table(summary: Sequence[Summary]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _check_plot(path: Path, noisy: Path | None) -> None:
+    """Refuse what cannot be drawn before anything is measured."""
+    if noisy is not None:
+        raise UsageError("--plot draws scores over sigma, but --noisy pictures have one each")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SetupError('--plot needs an extra package; run: pip install "cdnctl[plot]"') from None
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise UsageError(f"cannot draw {str(path)!r}: its suffix must be one of {', '.join(known)}")
 
-    columns = {
-        "sigma": "sigma",
-        "pictures": "pictures",
-        "psnr_noisy": "PSNR noisy",
-        "psnr": "PSNR",
-        "ssim": "SSIM",
-        "psnr_class": "PSNR, class told",
-        "accuracy": "accuracy",
-    }
-    rows = [_scaled(s) for s in summary]
-    shown = [k for k in columns if any(r[k] is not None for r in rows)]
-    table = Table(*(columns[k] for k in shown))
+
+def _draw(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """PSNR and accuracy of every model over sigma, as far as there is any."""
+    from matplotlib.figure import Figure
+
+    def curve(model: str, key: str) -> list[list[float]]:
+        rows = [row for row in table if row["model"] == model and row[key] is not None]
+        return [[row["sigma"] for row in rows], [row[key] for row in rows]]
+
+    models = list(dict.fromkeys(row["model"] for row in table))
+    titles = {"psnr": "PSNR (dB)", "accuracy": "accuracy"}
+    shown = [key for key in titles if any(row[key] is not None for row in table)]
+    figure = Figure(figsize=(5 * max(len(shown), 1), 4), layout="constrained")
+    for i, key in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), i + 1)
+        drawn = [model for model in models if curve(model, key)[0]]
+        for model in drawn:
+            # One colour per model in both plots, whether it can do both or not.
+            axes.plot(*curve(model, key), "o-", ms=3, c=f"C{models.index(model)}", label=model)
+        if key == "psnr":
+            axes.plot(*curve(drawn[0], "psnr_noisy"), ":", c="gray", label="noisy")
+        axes.set(xlabel="sigma (0..255)", ylabel=titles[key])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    data = io.BytesIO()
+    figure.savefig(data, format=path.suffix[1:].lower(), dpi=150)
+    _save(path, data.getvalue())
+
+
+_TITLES = {
+    "model": "model",
+    "ood": "other pictures",
+    "sigma": "sigma",
+    "attack": "attack",
+    "radius": "radius",
+    "score": "score",
+    "pictures": "pictures",
+    "others": "others",
+    "psnr_noisy": "PSNR noisy",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "psnr_class": "PSNR, class told",
+    "accuracy": "accuracy",
+    "robust_accuracy": "accuracy",
+    "interval": "95 % interval",
+    "auroc": "AUROC",
+}
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    shown = [k for k in _TITLES if any(row.get(k) is not None for row in rows)]
+    if len({row["model"] for row in rows}) == 1:
+        shown.remove("model")
+    table = Table(*(Column(_TITLES[k], overflow="fold") for k in shown))
     for row in rows:
-        table.add_row(*(_cell(k, row[k]) for k in shown))
+        table.add_row(*(escape(_cell(k, row[k])) for k in shown))
     Console(highlight=False).print(table)
 
 
-def _cell(name: str, value: object) -> str:
+def _cell(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    if name == "accuracy":
+    if isinstance(value, str):
+        return value
+    if name == "interval":
+        return f"{100 * value[0]:.1f}-{value[1]:.1%}"
+    if name.endswith("accuracy"):
         return f"{value:.2%}"
-    if name in ("pictures", "sigma"):
+    if name in ("pictures", "others", "sigma", "radius"):
         return f"{value:g}"
-    return f"{value:.4f}" if name == "ssim" else f"{value:.2f}"
+    return (
+        f"{value:.4f}" if name == "ssim" else f"{value:.3f}" if name == "auroc" else f"{value:.2f}"
+    )
