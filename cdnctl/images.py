@@ -919,6 +919,8 @@ def _encode_png(samples: np.ndarray, meta: Metadata) -> bytes:
     if meta.xmp:
         extras.append((b"iTXt", _XMP_KEYWORD + bytes(5) + meta.xmp))
     out = [_PNG_SIGNATURE]
+    # The encoder wants the usual strides even of axes of length 1, where numpy allows any.
+    samples = samples.ravel().reshape(samples.shape)
     for kind, content in _png_chunks(bytes(imagecodecs.png_encode(samples, level=6))):
         for part in [(kind, content), *(extras + list(meta.png) if kind == b"IHDR" else ())]:
             checksum = zlib.crc32(part[1], zlib.crc32(part[0]))

@@ -277,7 +277,7 @@ def test_colour_under_alpha_0_is_filled_for_work_and_put_back_in_the_file(seed, 
     if visible.any() and not visible.all():
         seen = {tuple(pixel) for pixel in image.pixels[visible]}
         assert {tuple(pixel) for pixel in image.pixels[~visible]} <= seen
-    flat = image.with_pixels(np.full_like(image.pixels, 0.5))
+    flat = image.with_samples(images.from_unit(np.full(image.samples.shape, 0.5), image.dtype))
     data = images.encode(flat, ".png")
     again = read_bytes(data)
     assert np.array_equal(again.alpha, samples[:, :, -1])
@@ -377,11 +377,11 @@ def test_numbers_that_are_not_finite_are_refused(bad):
         picture(samples)
     fine = picture(np.zeros((3, 3, 1), np.float32))
     with pytest.raises(ImageError, match="finite"):
-        images.encode(fine.with_pixels(samples), ".png")
+        images.encode(fine.with_samples(samples), ".png")
 
 
 def test_whole_numbers_are_rounded_and_clipped():
-    image = Image(np.array([[[-3.0], [0.5], [1.2], [100.4 / 255]]], np.float32))
+    image = Image.of(np.array([[[-3.0], [0.5], [1.2], [100.4 / 255]]], np.float32))
     stored = np.asarray(PIL.Image.open(io.BytesIO(images.encode(image, ".png"))))
     assert stored.tolist() == [[0, 128, 255, 100]]
 
@@ -618,7 +618,7 @@ def test_write_refuses_what_is_no_file(tmp_path):
 
 
 def test_format_limits_are_reported():
-    wide = Image(np.zeros((1, 70_000, 1), np.float32))
+    wide = Image.of(np.zeros((1, 70_000, 1), np.float32))
     for suffix in (".jpg", ".webp"):
         with pytest.raises(ImageError, match="cannot hold"):
             images.encode(wide, suffix)

@@ -16,9 +16,10 @@ PACKAGE = Path(__file__).parent.parent / "cdnctl"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"analysis", "restore", "evaluate", "benchmark", "training"},
+    {"analysis", "batch", "evaluate", "benchmark", "training"},
+    {"restore"},
     {"api", "selection"},
-    {"checkpoints", "images", "tiles", "runtime"},
+    {"checkpoints", "images", "manifest", "tiles", "runtime"},
     {"models"},
     {"core"},
     {"fields"},
