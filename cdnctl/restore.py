@@ -33,7 +33,7 @@ class Settings:
     target: str | Mapping[str, float] | None = None  # "auto", a mixture of classes, or none
     strength: float = 1.0  # 0 gives the input back, 1 the denoised picture
     guidance: float = 1.0  # D + guidance (D_c - D)
-    tile: int | None = None  # side in pixels; None: as large as ``memory`` allows
+    tile: int | None = None  # of at most tile x tile pixels; None: as large as ``memory`` allows
     memory: int | None = None  # bytes for the network's work; None: half of what is free
 
     def __post_init__(self) -> None:
@@ -310,13 +310,13 @@ def restore(
     tile = settings.tile or default_tile(model, settings.memory)
     while True:
         field = Field(model, image.samples, sigma, tile, watch)
-        smaller = (field.tiles[0].read[0].stop, field.tiles[0].read[1].stop)
         try:
             with memory_errors(field):
                 samples, logits = _blend(image, field, settings)
             break
         except ImageError:
-            tile = max(smaller) // 2
+            rows, columns = field.tiles[0].read
+            tile = math.isqrt(rows.stop * columns.stop) // 2
             if settings.tile or model.module.config.whole or tile < 2 * model.module.config.margin:
                 raise
     return Restored(image.with_samples(samples), sigma, field.seen, ranked(model, logits))

@@ -40,30 +40,50 @@ def reflected(start: int, stop: int, size: int) -> np.ndarray:
 def plan(height: int, width: int, tile: int, margin: int, multiple: int) -> list[Tile]:
     """Tiles that cover a picture, all of one size (the last of a row or column overlaps more).
 
-    height, width: multiples of ``multiple``. tile: side of a tile with its margins;
-    it is rounded up to a multiple that leaves a core.
+    height, width: multiples of ``multiple``. tile: no tile has more than tile x tile pixels
+    with its margins, as far as that leaves a core. Of the sizes that do, the one with the
+    fewest pixels in all tiles together is taken.
     """
     margin += -margin % multiple
-    tile = max(tile - tile % multiple, 2 * margin + multiple)
 
-    def spans(size: int) -> list[tuple[slice, slice, slice]]:
-        if size <= tile:
-            return [(slice(0, size), slice(0, size), slice(0, size))]
-        result, done = [], 0
-        while done < size:
-            start = min(max(done - margin, 0), size - tile)
-            end = size if start + tile == size else start + tile - margin
-            result.append(
-                (slice(start, start + tile), slice(done - start, end - start), slice(done, end))
-            )
-            done = end
-        return result
+    def lengths(size: int) -> Iterator[tuple[int, int]]:
+        """Numbers of tiles along an axis, and how long they then must be."""
+        yield 1, size
+        count = 2
+        while size > 2 * margin + multiple:
+            core = -(-(size - 2 * margin) // count)
+            length = 2 * margin + core + -core % multiple
+            if length < size:
+                yield count, length
+            if core <= multiple:
+                return
+            count += 1
 
+    least = min(2 * margin + multiple, height) * min(2 * margin + multiple, width)
+    area = max(tile**2, least)
+    columns = list(lengths(width))
+    _, h, w = min(
+        (rows * count * h * w, h, w)
+        for rows, h in lengths(height)
+        # Fewer columns are fewer pixels: the first that fit are the best for this height.
+        for count, w in [next(((n, w) for n, w in columns if h * w <= area), (0, 0))]
+        if count
+    )
     return [
         Tile((r, c), (kr, kc), (pr, pc))
-        for r, kr, pr in spans(height)
-        for c, kc, pc in spans(width)
+        for r, kr, pr in _spans(height, h, margin)
+        for c, kc, pc in _spans(width, w, margin)
     ]
+
+
+def _spans(size: int, length: int, margin: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Tiles along an axis: what is read, which part of it is kept, and where that goes."""
+    done = 0
+    while done < size:
+        start = min(max(done - margin, 0), size - length)
+        end = size if start + length == size else start + length - margin
+        yield slice(start, start + length), slice(done - start, end - start), slice(done, end)
+        done = end
 
 
 def groups(tiles: Sequence[Tile], count: int) -> Iterator[Sequence[Tile]]:
