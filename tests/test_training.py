@@ -6,10 +6,11 @@ import csv
 import json
 import math
 import shutil
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,17 @@ import pytest
 import skimage.data
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
-from cdnctl.checkpoints import Header, build_module, load_model, save_model
+from cdnctl.checkpoints import (
+    Header,
+    build_module,
+    load_model,
+    save_model,
+    write_atomically,
+)
 from cdnctl.core.joint import denoise
 from cdnctl.core.losses import score_matching
 from cdnctl.errors import ConfigError, ImageError, SetupError, TrainingError, UsageError
@@ -35,6 +42,7 @@ from cdnctl.training.config import (
     OptimConfig,
     TrainConfig,
     load,
+    override,
     parse,
 )
 from cdnctl.training.data import (
@@ -42,16 +50,22 @@ from cdnctl.training.data import (
     Batches,
     Pictures,
     find_pictures,
+    fingerprint,
     load_datasets,
     split_holdout,
 )
 from cdnctl.training.loop import (
     MODEL,
+    SINGLE,
     STATE,
     Outcome,
     TrainState,
+    Trial,
+    best_trial,
     learning_rate,
     new_run_folder,
+    numerics,
+    probe,
     read_run,
     read_tensors,
     shared_path,
@@ -136,6 +150,7 @@ BAD_CONFIGS = {
     "[run]\ncheckpoint_every = -5": ("run.checkpoint_every", "-5"),
     "[run]\nvalidate_sigmas = [-3]": ("run.validate_sigmas", "-3"),
     "[run]\nprecision = 'half'": ("run.precision", "'half'", "bfloat16"),
+    "[run]\nchannels_last = true\n[optim]\nkind = 'muon'": ("channels_last", "muon"),
     "[data": ("not valid TOML",),
     "a = 1\na = 2": ("not valid TOML",),
     "x = " + "9" * 5000: ("not valid TOML",),
@@ -169,6 +184,39 @@ def test_a_good_config_file(tmp_path: Path) -> None:
     config = load(path)
     assert (config.name, config.model["arch"], config.optim.lr) == ("x", "unet", 1)
     assert config.data == DataConfig()
+
+
+def test_keys_set_anew() -> None:
+    settings = ["optim.steps=7", "run.precision=bfloat16", 'model.norm="none"', "run.compile=true"]
+    changed = override(parse({}), [*settings, "model.widths=[4, 8]", "model.blocks=[1,1]"])
+    assert changed == parse(
+        {
+            "optim": {"steps": 7},
+            "run": {"precision": "bfloat16", "compile": True},
+            "model": {"norm": "none", "widths": [4, 8], "blocks": [1, 1]},
+        }
+    )
+    assert override(changed, ["optim.steps=8", "optim.steps=9"]).optim.steps == 9
+    assert override(changed, []) == changed
+
+
+@pytest.mark.parametrize(
+    "setting,word",
+    [
+        ("steps=3", "steps=3"),
+        ("optim.steps", "optim.steps"),
+        ("optim=3", "optim=3"),
+        ("name.x=3", "name.x=3"),
+        ("optim.stps=3", "stps"),
+        ("optim.steps=many", "'many'"),
+        ("optim.steps=0", "optim.steps"),
+        ("run.compile=yes", "'yes'"),
+    ],
+)
+def test_settings_that_are_none(setting: str, word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override(parse({}), [setting])
+    assert word in str(caught.value)
 
 
 # -- finding pictures -----------------------------------------------------------------------
@@ -245,6 +293,119 @@ def test_a_broken_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     with pytest.raises(ImageError, match=r"broken\.png"):
         load_datasets([tmp_path], DataConfig(), CPU)
+
+
+def pack(target: Path, folder: Path) -> Path:
+    """A zip file of all files in a folder, in no good order."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted((p for p in folder.rglob("*") if p.is_file()), reverse=True):
+            archive.write(path, path.relative_to(folder))
+    return target
+
+
+def same_pictures(a: Pictures, b: Pictures) -> bool:
+    tensors = ("buffer", "offsets", "sizes", "labels")
+    return a.classes == b.classes and all(
+        torch.equal(getattr(a, n), getattr(b, n)) for n in tensors
+    )
+
+
+@pytest.mark.parametrize("base", ["", "train/"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_zip_file_is_the_folder_it_was_made_of(tmp_path: Path, base: str, flat: bool) -> None:
+    """Also where names sort otherwise as strings than as paths."""
+    names = ["b.png", "a b.jpg", "a.png", "ä.png"]
+    if not flat:
+        names = [f"{label}/{n}" for label in ("a", "a b", "a.b") for n in ("1.png", "x/1.png")]
+    for i, name in enumerate(names):
+        picture(tmp_path / "data" / base / name, (3 + i, 4), level=i)
+        if base:
+            picture(tmp_path / "data" / "val" / name, (2, 2), level=99 + i)
+    (tmp_path / "data" / base / names[0]).with_suffix(".txt").write_text("no picture")
+    made = pack(tmp_path / "data.zip", tmp_path / "data")
+    for split in ("train", "val"):
+        one, other = (find_pictures(root, split) for root in (tmp_path / "data", made))
+        assert len(one) == len(other) == (len(names) if base or split == "train" else 0)
+        assert [s.label for s in one] == [s.label for s in other]
+        for a, b in zip(one, other, strict=True):
+            assert b.archive == made and a.path.relative_to(tmp_path / "data") == b.path
+    one, other = (load_datasets([r], DataConfig(), CPU) for r in (tmp_path / "data", made))
+    assert same_pictures(one[0], other[0]) and same_pictures(one[1], other[1])
+    assert fingerprint(*one) == fingerprint(*other)
+
+
+def test_zip_files_and_folders_together(tmp_path: Path) -> None:
+    for i, name in enumerate(("one/a/1.png", "two/b/1.png", "three/c.png")):
+        picture(tmp_path / name, level=i)
+    roots = [tmp_path / "one", tmp_path / "two", tmp_path / "three"]
+    mixed = [pack(tmp_path / "one.zip", roots[0]), roots[1], pack(tmp_path / "3.zip", roots[2])]
+    want, got = (load_datasets(r, DataConfig(), CPU)[0] for r in (roots, mixed))
+    assert same_pictures(want, got) and got.classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../escaped.png", "/tmp/escaped.png", "cat/../../escaped.png", "cat\\1.png", "./cat/1.png"],
+)
+def test_zip_files_with_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.write(picture(tmp_path / "a.png"), "cat/0.png")
+        archive.writestr(zipfile.ZipInfo(name), (tmp_path / "a.png").read_bytes())
+    with pytest.raises(UsageError) as caught:
+        find_pictures(tmp_path / "data.zip")
+    assert repr(name) in str(caught.value) and "data.zip" in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "data.zip"]
+
+
+def test_zip_files_that_are_none_or_hold_none(tmp_path: Path) -> None:
+    good = pack(tmp_path / "good.zip", picture(tmp_path / "in" / "cat" / "1.png").parents[1])
+    data = good.read_bytes()
+    inner = pack(tmp_path / "inner.zip", good.parent / "in")
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w") as archive:
+        archive.write(inner, "deep/inner.zip")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    (tmp_path / "text.zip").write_text("this is no zip file")
+    (tmp_path / "nothing.zip").touch()
+    (tmp_path / "cut.zip").write_bytes(data[:-30])
+    locked = bytearray(data)
+    locked[data.index(b"PK\x01\x02") + 8] |= 1  # the flag of an encrypted member
+    (tmp_path / "locked.zip").write_bytes(locked)
+    large = bytearray(data)
+    at = data.index(b"PK\x01\x02") + 24  # its size
+    large[at : at + 4] = (2**31).to_bytes(4, "little")
+    (tmp_path / "large.zip").write_bytes(large)
+    words = {
+        "outer": "'deep/inner.zip'",
+        "empty": "no pictures",
+        "text": "not a folder or zip file",
+        "nothing": "not a folder or zip file",
+        "cut": "not a folder or zip file",
+        "locked": "encrypted",
+        "large": "2147483648 bytes",
+        "absent": "not there",
+    }
+    for name, word in words.items():
+        with pytest.raises(UsageError, match=word) as caught:
+            find_pictures(tmp_path / f"{name}.zip")
+        assert f"{name}.zip" in str(caught.value)
+
+
+def test_a_broken_picture_in_a_zip_file_is_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    good = pack(
+        tmp_path / "a.zip", picture(tmp_path / "in" / "cat" / "1.png", (16, 16), noise).parents[1]
+    )
+    data = good.read_bytes()
+    (tmp_path / "b.zip").write_bytes(data[:200] + bytes(50) + data[250:])  # packed data overwritten
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("cat/1.png", b"\x89PNG\r\n\x1a\n nothing more")
+    load_datasets([good], DataConfig(), CPU)
+    for name in ("b.zip", "c.zip"):
+        with pytest.raises(ImageError, match=rf"{name}:cat/1\.png") as caught:
+            load_datasets([tmp_path / name], DataConfig(), CPU)
+        assert "standard input" not in str(caught.value)
 
 
 def test_validation_folder_or_holdout(tmp_path: Path) -> None:
@@ -654,10 +815,17 @@ def test_another_seed_is_another_run(whole: Path, datasets: list[Path], tmp_path
     assert not torch.equal(x["model.trunk.stem.weight"], y["model.trunk.stem.weight"])
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("arch", ["gradresnet", "unet", "classifier"])
-def test_the_first_step_is_one_of_adamw(arch: str, datasets: list[Path], tmp_path: Path) -> None:
+def test_the_first_step_is_one_of_adamw(
+    arch: str, channels_last: bool, datasets: list[Path], tmp_path: Path
+) -> None:
     """Against plain AdamW: the fused kernel is easily fed gradients in another memory order."""
-    sections = {"model": {"arch": arch}, "optim": {"steps": 1, "warmup": 0, "lr": 0.1}}
+    sections = {
+        "model": {"arch": arch},
+        "optim": {"steps": 1, "warmup": 0, "lr": 0.1},
+        "run": {"channels_last": channels_last},
+    }
     config = tiny_config(**sections)
     run(tmp_path / "run", datasets, sections=sections)
     pictures, _ = load_datasets(datasets, config.data, CPU)
@@ -742,6 +910,23 @@ def test_a_loss_that_is_not_a_number(
     assert [int(r["step"]) for r in rows_of(folder)] == list(range(1, 11))
 
 
+@pytest.mark.parametrize("steps", [9, 100])
+def test_it_is_noticed_late_but_before_anything_is_saved(
+    steps: int, datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict: None
+) -> None:
+    """At a checkpoint, or at the end."""
+    quiet = {
+        "run": {"validate_every": 100, "log_every": 100, "checkpoint_every": 6},
+        "optim": {"steps": 100},
+    }
+    folder = tmp_path / "run"
+    monkeypatch.setattr(loop, "losses", broken_losses({8}, math.nan))
+    with pytest.raises(TrainingError, match="step 7"):
+        run(folder, datasets, sections=quiet, should_stop=after(steps))
+    assert read_run(folder / STATE)["state"]["step"] == 6
+    assert all(v.isfinite().all() for v in state_of(folder).values())
+
+
 @pytest.mark.parametrize("guard", [10.0, 1e9])
 def test_one_bad_step_does_no_harm(
     guard: float, datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -770,6 +955,402 @@ def test_a_gradient_that_stays_huge(
     saved = state_of(tmp_path / "run")  # what is kept is the averaged weights
     for key in (k for k in saved if k.startswith("model.")):
         assert torch.equal(saved[key], saved[key.replace("model.", "ema.", 1)]), key
+
+
+# -- nothing waits for the device ------------------------------------------------------------------
+
+LOOKS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at numbers costs, as on a GPU."""
+    monkeypatch.setattr(loop, "_looks_are_free", lambda device: False)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_looks_at_no_number(
+    kind: str, datasets: list[Path], tmp_path: Path, strict: None
+) -> None:
+    """Between reports. What torch's own code looks at is seen by the test below, on a GPU."""
+    seen: list[str] = []
+    patch = pytest.MonkeyPatch()
+
+    def watched(name: str) -> Callable[..., Any]:
+        original = getattr(Tensor, name)
+        return lambda self, *args: (seen.append(name), original(self, *args))[1]
+
+    calls = iter(range(1, 10**9))
+
+    def should_stop() -> bool:
+        step = next(calls)
+        if step == 2:
+            for name in LOOKS:
+                patch.setattr(Tensor, name, watched(name))
+            assert torch.ones(()).item() and torch.ones(()) and seen == ["item", "__bool__"]
+            seen.clear()
+        if step == 12:
+            patch.undo()
+        return step == 13
+
+    sections = {
+        "run": {"log_every": 100, "validate_every": 100, "checkpoint_every": 100},
+        "optim": {"kind": kind, "steps": 50},
+    }
+    try:
+        assert (
+            run(tmp_path / "run", datasets, sections=sections, should_stop=should_stop).step == 13
+        )
+    finally:
+        patch.undo()
+    assert not seen
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_a_step_never_waits_for_the_gpu(
+    precision: str, datasets: list[Path], tmp_path: Path
+) -> None:
+    calls = iter(range(1, 10**9))
+
+    def should_stop() -> bool:
+        step = next(calls)
+        torch.cuda.set_sync_debug_mode("error" if 2 <= step < 12 else "default")
+        return step == 13
+
+    sections = {
+        "run": {"log_every": 100, "validate_every": 100, "precision": precision},
+        "optim": {"steps": 50},
+        "data": {"batch": 8},
+    }
+    config = tiny_config(**sections)
+    config = replace(config, run=replace(config.run, checkpoint_every=100, channels_last=True))
+    device = torch.device("cuda")
+    folder = tmp_path / "run"
+    try:
+        train(folder, config=config, datasets=datasets, device=device, should_stop=should_stop)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # It goes on from here on the CPU, and from there on the GPU again.
+    assert train(folder, device=CPU, should_stop=after(2)).step == 15
+    assert train(folder, device=device).finished
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("bad", [(), (6,), (6, 7, 8)])
+def test_looking_or_not_makes_no_difference(
+    kind: str,
+    bad: tuple[int, ...],
+    datasets: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sections = {"run": {"validate_every": 100}, "optim": {"kind": kind, "steps": 9}}
+    for name in ("free", "strict"):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "losses", broken_losses(set(bad), 1e6))
+            patch.setattr(loop, "_looks_are_free", lambda device, name=name: name == "free")
+            run(tmp_path / name, datasets, sections=sections)
+    same_to_the_bit(tmp_path / "free", tmp_path / "strict")
+
+
+def test_an_undone_step_ends_at_the_average_without_momentum(
+    datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict: None
+) -> None:
+    for name, bad, steps in (("run", {6}, 6), ("calm", set(), 6), ("before", set(), 5)):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "losses", broken_losses(bad, 1e6))
+            quiet = {"run": {"validate_every": 100}}
+            run(tmp_path / name, datasets, sections=quiet, should_stop=after(steps))
+    undone, calm, before = (state_of(tmp_path / name) for name in ("run", "calm", "before"))
+    for key, value in undone.items():
+        part, _, name = key.partition(".")
+        if part == "model":
+            assert torch.equal(value, undone[f"ema.{name}"]), key
+        if ".exp_avg." in key:
+            assert not value.any(), key
+        if ".exp_avg_sq." in key:  # as by a gradient of zero
+            torch.testing.assert_close(value, 0.99 * before[key])
+    assert any(
+        not torch.equal(calm[k], calm[k.replace("model", "ema", 1)]) for k in calm if k[0] == "m"
+    )
+    assert any(v.any() for k, v in calm.items() if ".exp_avg." in k)
+
+
+def test_numerics_are_put_back() -> None:
+    cudnn = torch.backends.cudnn
+
+    def flags() -> tuple[bool, bool, str]:
+        return cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    before = flags()
+    wanted = {
+        "float32": (None, (True, False, "highest")),
+        "tf32": (None, (True, True, "high")),
+        "bfloat16": (torch.bfloat16, (True, False, "highest")),
+        "auto": (torch.bfloat16, (True, False, "highest")),
+    }
+    for precision, (dtype, inside) in wanted.items():
+        with numerics(precision, torch.device("cuda")) as got:
+            assert got is dtype and flags() == inside
+        assert flags() == before
+        with numerics(precision, CPU) as got:
+            assert got is (None if precision == "auto" else dtype) and flags() == before
+
+
+# -- saved in pieces, resumed anywhere -------------------------------------------------------------
+
+
+def pieces(folder: Path) -> list[Path]:
+    return sorted((folder / STATE).glob("state*"))
+
+
+def test_a_state_in_many_files(
+    whole: Path, datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SHARD", 1000)
+    folder = tmp_path / "run"
+    assert run(folder, datasets, should_stop=after(3)).step == 3
+    files = pieces(folder)
+    assert len(files) > 10 and {p.name[:15] for p in files} == {"state-000000003"}
+    for path in files:
+        assert sum(t.nbytes for t in load_file(path).values()) <= 1000
+    assert any("#" in key for path in files for key in load_file(path)), "one had to be cut"
+    assert train(folder, device=CPU).finished
+    same_to_the_bit(folder, whole)
+    assert not set(files) & set(pieces(folder)), "the old ones are gone"
+
+
+def test_files_stay_below_16_mib(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(3, 10**6), "b": torch.zeros(()), "c": torch.zeros(10**7, 2)}
+    tensors |= {f"d{i}": torch.zeros(10**4) for i in range(1000)}
+    shards = loop._shards(tensors)
+    names = [name for shard in shards for name in shard]
+    assert len(names) == len(set(names)) and {n.partition("#")[0] for n in names} == {*tensors}
+    for shard in shards:
+        save_file(shard, tmp_path / "shard", metadata={"run": "x" * 10_000})
+        assert (tmp_path / "shard").stat().st_size <= 2**24
+    total = sum(t.nbytes for t in tensors.values())
+    assert len(shards) <= 1.5 * total / loop.SHARD + 1, "not many more than are needed"
+
+
+@pytest.mark.parametrize("written", [0, 1, 5])
+def test_a_crash_between_the_files_of_a_state(
+    written: int, whole: Path, datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SHARD", 1000)
+    folder = tmp_path / "run"
+    run(folder, datasets, should_stop=after(3))
+    before = pieces(folder)
+    with monkeypatch.context() as patch:
+        left = iter(range(written))
+
+        def write(path: Path, data: bytes) -> None:
+            if path.parent.name == STATE and path.name.startswith("state"):
+                next(left)
+            write_atomically(path, data)
+
+        patch.setattr(loop, "write_atomically", write)
+        with pytest.raises(StopIteration):
+            train(folder, device=CPU, should_stop=after(2))
+    assert set(before) <= set(pieces(folder)) and len(pieces(folder)) == len(before) + written
+    assert read_run(folder / STATE)["state"]["step"] == 3
+    assert train(folder, device=CPU).finished
+    same_to_the_bit(folder, whole)
+    assert [r["step"] for r in rows_of(folder)] == [r["step"] for r in rows_of(whole)]
+
+
+def test_files_that_do_not_belong_together(
+    datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SHARD", 1000)
+    for name in ("a", "b"):
+        run(tmp_path / name, datasets, should_stop=after(3))
+    one, other = pieces(tmp_path / "a")[2], pieces(tmp_path / "b")[2]
+    kept = one.read_bytes()
+    one.unlink()
+    with pytest.raises(UsageError, match=r"step 3: of .*, number 3 is missing"):
+        train(tmp_path / "a", device=CPU)
+    shutil.copy(other, one)
+    with pytest.raises(UsageError, match="saved at different times") as caught:
+        train(tmp_path / "a", device=CPU)
+    assert str(one) in str(caught.value)
+    one.write_bytes(kept)
+    assert train(tmp_path / "a", device=CPU).finished
+
+
+def test_a_state_of_an_earlier_version(whole: Path, datasets: list[Path], tmp_path: Path) -> None:
+    """In one file, without a fingerprint and the newer keys of the config."""
+    folder = tmp_path / "run"
+    run(folder, datasets, should_stop=after(3))
+    meta = read_run(folder / STATE)
+    del meta["fingerprint"], meta["config"]["run"]["channels_last"]
+    tensors = state_of(folder)
+    for path in pieces(folder):
+        path.unlink()
+    save_file(tensors, folder / STATE / SINGLE, metadata={"run": json.dumps(meta)})
+    assert read_run(folder / STATE / SINGLE)["state"]["step"] == 3
+    assert train(folder, device=CPU).finished
+    same_to_the_bit(folder, whole)
+    assert not (folder / STATE / SINGLE).exists()
+
+
+def test_the_datasets_have_moved(whole: Path, datasets: list[Path], tmp_path: Path) -> None:
+    old, new = ([tmp_path / place / p.name for p in datasets] for place in ("old", "new"))
+    for source, target in zip(datasets, old, strict=True):
+        shutil.copytree(source, target)
+    folder = tmp_path / "run"
+    run(folder, old, should_stop=after(3))
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    with pytest.raises(UsageError, match=str(old[0])):
+        train(folder, device=CPU)
+    assert train(folder, datasets=new, device=CPU, should_stop=after(1)).step == 4
+    assert read_run(folder / STATE)["datasets"] == [str(p) for p in new]
+    zips = [pack(tmp_path / f"{i}.zip", p) for i, p in enumerate(new)]
+    shutil.rmtree(tmp_path / "new")
+    assert train(folder, datasets=zips, device=CPU).finished
+    same_to_the_bit(folder, whole)
+
+
+def test_other_pictures_are_no_moved_datasets(datasets: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, datasets, should_stop=after(3))
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    other = [tmp_path / p.name for p in datasets]
+    for source, target in zip(datasets, other, strict=True):
+        shutil.copytree(source, target)
+    path = sorted(other[0].rglob("*.png"))[3]
+    pixels = np.array(PIL.Image.open(path))
+    pixels[0, 0] ^= 1
+    PIL.Image.fromarray(pixels).save(path)
+    for given in (other, datasets[::-1]):  # one pixel, another order
+        with pytest.raises(UsageError, match=r"not the datasets that .* began with") as caught:
+            train(folder, datasets=given, device=CPU)
+        assert str(folder) in str(caught.value)
+    path.unlink()
+    with pytest.raises(UsageError, match=r"59 pictures.*60 pictures"):
+        train(folder, datasets=other, device=CPU)
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_memory_order_compiling_and_precision_may_change_on_the_way(
+    whole: Path, datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[object] = []
+
+    def fake(function: Any, **options: object) -> Any:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", fake)
+    folder = tmp_path / "run"
+    sections = {"run": {"channels_last": True}}
+    assert run(folder, datasets, sections=sections, should_stop=after(3)).step == 3
+    one = train(folder, settings=["run.channels_last=false"], device=CPU, should_stop=after(2))
+    assert one.step == 5 and not compiled
+    two = train(folder, settings=["run.compile=true"], device=CPU, should_stop=after(2))
+    assert two.step == 7 and compiled == [loop.losses]
+    settings = ["run.channels_last=true", "run.compile=false", "run.precision=tf32"]
+    assert train(folder, settings=settings, device=CPU).finished
+    assert parse(read_run(folder / STATE)["config"]).run.precision == "tf32"
+    x, y = state_of(folder), state_of(whole)
+    for key, value in y.items():
+        torch.testing.assert_close(x[key], value, rtol=1e-3, atol=1e-4)
+    for setting in ("optim.steps=20", "run.seed=3", "data.batch=8"):
+        with pytest.raises(UsageError, match=setting):
+            train(folder, settings=[setting], device=CPU)
+
+
+def test_channels_last_to_the_bit(datasets: list[Path], tmp_path: Path) -> None:
+    sections = {"run": {"channels_last": True}}
+    run(tmp_path / "whole", datasets, sections=sections)
+    run(tmp_path / "parts", datasets, sections=sections, should_stop=after(4))
+    train(tmp_path / "parts", device=CPU)
+    same_to_the_bit(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_what_is_loaded_lies_in_memory_like_the_weights(whole: Path) -> None:
+    """The fused optimizer goes through memory without a look at strides."""
+    net = tiny_net().to(memory_format=torch.channels_last)
+    state = TrainState(net, tiny_config())
+    state.load(whole / STATE)
+    mixed = [p for p in net.parameters() if p.stride() != p.contiguous().stride()]
+    assert mixed, "the test is about these"
+    for key, parameter in net.named_parameters():
+        slots = state._state_of(key)
+        assert torch.equal(slots["exp_avg"], state_of(whole)[f"optimizer.exp_avg.{key}"])
+        for tensor in (slots["exp_avg"], slots["exp_avg_sq"], state.ema[key]):
+            assert tensor.stride() == parameter.stride(), key
+
+
+# -- the probe ------------------------------------------------------------------------------------
+
+
+def probed(datasets: list[Path], **options: Any) -> dict[tuple[str, bool, bool], Trial]:
+    config = tiny_config(**options.pop("sections", {}))
+    trials = probe(config, datasets, device=CPU, each=0.0, **options)
+    return {(t.precision, t.channels_last, t.compile): t for t in trials}
+
+
+def test_probe(datasets: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    shown: list[Trial] = []
+    trials = probed(datasets, watch=shown.append)
+    ways = {(p, c, j) for p in ("float32", "bfloat16") for c in (0, 1) for j in (0, 1)}
+    assert set(trials) == ways and shown == list(trials.values())
+    assert [t.compile for t in shown] == [False] * 4 + [True] * 4, "the slow ones last"
+    reference = trials["float32", False, False]
+    assert reference.loss_error == reference.gradient_error == 0
+    for (precision, _, _), trial in trials.items():
+        assert trial.sound and trial.rate > 0 and trial.error is None
+        assert trial.first >= 0 and math.isnan(trial.memory)
+        assert (trial.gradient_error > 1e-4) is (precision == "bfloat16")
+    assert best_trial(shown).rate == max(t.rate for t in shown)
+    assert len(probed(datasets, max_seconds=0.0)) == 4, "no time to compile"
+    muon = probed(datasets, sections={"optim": {"kind": "muon"}}, max_seconds=0.0)
+    assert not any(channels_last for _, channels_last, _ in muon)
+
+
+def test_probe_trusts_no_way_that_computes_something_else(
+    datasets: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, like = loop.losses, loop._like
+
+    def off(model: Any, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
+        matching, entropy = original(model, batch, config)
+        return (matching * 1.02 if model.compute_dtype else matching), entropy
+
+    monkeypatch.setattr(loop, "losses", off)
+    trials = probed(datasets, max_seconds=0.0)
+    assert {k[0] for k, t in trials.items() if t.sound} == {"float32"}
+    fastest = replace(trials["bfloat16", False, False], rate=1e9)
+    assert best_trial([*trials.values(), fastest]).precision == "float32"
+    monkeypatch.undo()
+
+    def scrambled(parameter: Tensor, gradient: Tensor | None) -> Tensor:
+        good = like(parameter, gradient)
+        return good if parameter.is_contiguous() else good.flatten().roll(1).view(good.shape)
+
+    monkeypatch.setattr(loop, "_like", scrambled)
+    trials = probed(datasets, max_seconds=0.0)
+    assert {k[1] for k, t in trials.items() if t.sound} == {False}
+
+
+def test_probe_goes_on_where_a_way_does_not_work(
+    datasets: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise BackendCompilerFailed(fail, RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
+    trials = probed(datasets)
+    assert len(trials) == 8
+    for (_, _, compiled), trial in trials.items():
+        assert trial.sound is not compiled and bool(trial.error) is compiled
+        assert not compiled or "no C++ compiler" in str(trial.error)
+    assert not best_trial(list(trials.values())).compile
+    with pytest.raises(SetupError, match="no C"):
+        best_trial([t for t in trials.values() if t.compile])
 
 
 def test_results(whole: Path, datasets: list[Path], tmp_path: Path) -> None:

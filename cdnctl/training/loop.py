@@ -483,8 +483,9 @@ def loss_and_gradients(
         loss = (config.loss.score * matching + config.loss.classes * entropy).sum() / rows
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     except BackendCompilerFailed as error:
+        reason = " ".join(str(error).strip().splitlines()[:2])
         raise SetupError(
-            f"torch.compile does not work here ({str(error).strip().splitlines()[0]}): "
+            f"torch.compile does not work here ({reason}): "
             "install a C++ compiler (g++), or set compile = false under [run] in the config"
         ) from None
     parts = torch.stack([loss, matching.sum() / rows, entropy.sum() / rows]).detach()
