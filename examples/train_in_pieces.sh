@@ -40,8 +40,8 @@ run=$place/1
 read -ra evaluate <<<"${EVALUATE:-}"
 read -ra settings <<<"${SETTINGS:-}"
 
-"$python" -c 'import cdnctl' ||
-    die "$python cannot import cdnctl: set PYTHON, or PYTHONPATH to a checkout"
+"$python" -c 'import cdnctl.images, safetensors' ||
+    die "$python cannot import all that cdnctl needs: set PYTHON, or PYTHONPATH"
 mkdir -p "$place"
 
 # What was carried here: whole, and in one piece again.
@@ -101,7 +101,9 @@ if [ "$through" = yes ]; then
             "${evaluate[@]}" >"$place/scores-$name.json"
         scores+=("--scores=$name=$place/scores-$name.json")
     done
-    "$python" -m cdnctl models export "$run/last/model.safetensors" "$model" --half "${scores[@]}"
+    [ ${#scores[@]} -eq 0 ] || # once more, with the scores in it
+        "$python" -m cdnctl models export "$run/last/model.safetensors" "$model" --half \
+            "${scores[@]}"
 else
     rm -f "$run/last/model.safetensors" # the same weights are in the state beside it
 fi

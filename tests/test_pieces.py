@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,11 @@ import PIL.Image
 import pytest
 import skimage.data
 import torch
+from typer.testing import CliRunner, Result
 
 from cdnctl.checkpoints import load_model, read_header
+from cdnctl.cli import app
+from cdnctl.errors import UsageError
 from cdnctl.training.config import parse
 from cdnctl.training.loop import MODEL, STATE, read_run, read_tensors, train
 
@@ -185,3 +189,48 @@ def test_what_the_script_does_not_know_it_leaves_alone(home: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         call(home, 0)
     assert strange.exists()
+
+
+# -- the options of cdnctl train that the script uses ---------------------------------------------
+
+
+def cdnctl(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_probe_prints_a_choice_that_train_takes(home: Path) -> None:
+    probe = ("train", home / "cat.zip", "--config", home / "toy.toml", "--device", "cpu", "--probe")
+    shown = cdnctl(*probe, "--max-seconds", "0")
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.count("float32") >= 2 and shown.stdout.count("chosen") == 1
+    options = shlex.split(shown.stdout.splitlines()[-1])
+    assert [o for o in options if o != "--set"] == [
+        f"run.{key}={value}"
+        for key, value in zip(
+            ("precision", "channels_last", "compile"),
+            (options[1].partition("=")[2], options[3].partition("=")[2], "false"),
+            strict=True,
+        )
+    ]
+    train = [*probe[:-1], *options, "--runs", home / "runs", "--max-seconds", "0"]
+    assert cdnctl(*train).exit_code == 0
+    config = read_run(home / "runs" / "1" / STATE)["config"]
+    assert config["run"]["precision"] == options[1].partition("=")[2]
+    # A config that cannot be is refused whatever is measured.
+    wrong = cdnctl(*probe, "--set", "data.batch=0")
+    assert wrong.exit_code == 1 and "data.batch" in str(wrong.exception)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--resume", "runs/1", "--probe"),
+        ("--resume", "runs/1", "--config", "tiny"),
+        ("cat.zip", "--config", "tiny", "--json"),
+        ("cat.zip", "--probe"),
+        ("--probe", "--config", "tiny"),
+    ],
+)
+def test_options_that_do_not_go_together(args: tuple[str, ...]) -> None:
+    refused = cdnctl("train", *args, "--device", "cpu")
+    assert isinstance(refused.exception, UsageError), refused.output
