@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import noisy_picture, save_tiny
+from tiny import files, noisy_picture, save_tiny
 
 from cdnctl import images
 from cdnctl.batch import Batch, Job, default_output, expand, plan
@@ -157,15 +156,6 @@ def write_pictures(folder: Path, *names: str) -> None:
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         images.write(Image.of(noisy_picture(20, 24, seed=i)), folder / name)
-
-
-def files(folder: Path) -> dict[str, str]:
-    """Hash of every file, hidden ones too."""
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in folder.rglob("*")
-        if p.is_file()
-    }
 
 
 def test_a_bad_file_costs_that_file_alone(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import hashlib
 import io
 import json
 import os
@@ -13,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +19,17 @@ import numpy as np
 import PIL.ImageCms
 import pytest
 import torch
-from tiny import CLASSES, noisy_picture, picture, save_tiny
+from processes import Result, checked
+from tiny import CLASSES, files, noisy_picture, picture, save_tiny, write
 
-from cdnctl import checkpoints, images, manifest
+from cdnctl import checkpoints, images
 from cdnctl.checkpoints import load_model, read_header, save_model
 from cdnctl.cli import main
-from cdnctl.images import Image, Metadata
+from cdnctl.images import Metadata
 from cdnctl.training.loop import STATE, read_run
 
 COMMAND = Path(sys.executable).with_name("cdnctl")
 NAMES = ["a b.png", "ä ö ü.jpg", "x[1] {y}.tif", "[bold]日本[/bold].png", "sub/'q\"uote.PNG"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a command ended."""
-
-    code: int
-    out: bytes
-    err: str
-
-    @property
-    def text(self) -> str:
-        return self.out.decode()
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        """Standard output as JSON, one object a line."""
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-def checked(result: Result, folder: Path) -> Result:
-    """What holds for every command, however it ends."""
-    assert "Traceback" not in result.err, result.err
-    assert not list(folder.rglob("*.tmp")), "half a file was left"
-    if result.code == 2:
-        assert result.err.strip()
-    return result
 
 
 Run = Callable[..., Result]
@@ -100,35 +72,12 @@ def real(tmp_path: Path) -> Run:
     return run
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
-
-
 @pytest.fixture
 def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Bundled weights of this test alone."""
     save_tiny(tmp_path / "weights" / "random.safetensors")
     monkeypatch.setattr(checkpoints, "PACKAGE", tmp_path)
     return tmp_path / "weights"
-
-
-def write(
-    path: Path, pixels: np.ndarray | None = None, dtype: Any = np.uint8, **options: Any
-) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.of(noisy_picture(20, 24) if pixels is None else pixels, dtype)
-    images.write(replace(image, **options), path)
-    return path
-
-
-def files(folder: Path) -> dict[str, str]:
-    """Hash of every file, hidden ones too, but for manifests: they tell times."""
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in folder.rglob("*")
-        if p.is_file() and p.name != manifest.NAME
-    }
 
 
 # -- denoise: files and folders -------------------------------------------------------------

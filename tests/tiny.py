@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import numpy as np
 import torch
 from skimage import data
 
+from cdnctl import images
 from cdnctl.api import Model, load
 from cdnctl.checkpoints import Header, build_module, save_model
+from cdnctl.images import Image
 
 CLASSES = ("cat", "dog", "café crème")
 
@@ -78,3 +82,22 @@ def noisy_picture(
     clean = picture(height, width, channels)
     noise = np.random.default_rng(seed).standard_normal(clean.shape, np.float32)
     return clean + np.float32(sigma) * noise
+
+
+def write(
+    path: Path, pixels: np.ndarray | None = None, dtype: Any = np.uint8, **options: Any
+) -> Path:
+    """A picture file. options: other fields of the `Image`, such as its metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.of(noisy_picture(20, 24) if pixels is None else pixels, dtype)
+    images.write(replace(image, **options), path)
+    return path
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Hash of every file, hidden ones too, but for manifests: they tell times."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file() and not p.name.startswith("cdnctl-manifest")
+    }
