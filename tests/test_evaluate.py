@@ -491,6 +491,14 @@ def test_a_broken_file_is_reported_once(tmp_path: Path, cdnctl_evaluate: Run) ->
         assert len(reports(out)) == len(chosen) / 2
 
 
+def test_nothing_but_broken_files(tmp_path: Path, cdnctl_evaluate: Run) -> None:
+    for file in (tmp_path / "in").rglob("*.tif"):
+        file.write_text("no picture")
+    for options in ([], ["--attack", "linf:1"], ["--ood", "synthetic"]):
+        code, out, err = cdnctl_evaluate(*MODELS[:2], *options)
+        assert code == 1 and err.count("cannot read") == 6 and "%" not in out
+
+
 @pytest.mark.parametrize("option", ["--csv", "--plot"])
 def test_files_that_exist_are_kept(tmp_path: Path, cdnctl_evaluate: Run, option: str) -> None:
     path = tmp_path / ("rows.csv" if option == "--csv" else "curves.png")
@@ -574,6 +582,7 @@ def test_out_of_distribution(tmp_path: Path, cdnctl_evaluate: Run) -> None:
         ("--ood", "synthetic", "--noisy", "in"),
         ("--ood", "nowhere"),
         ("--attack", "l3:1"),
+        ("--attack-from", "joint.safetensors"),
         ("--sigma", "0:10:0"),
     ],
 )

@@ -90,8 +90,8 @@ def project(point: Tensor, x: Tensor, norm: str, radius: float) -> Tensor:
     long = (inside - x).flatten(1).norm(dim=1) > radius
     if not long.any():
         return inside
-    d = (point - x).flatten(1).double()
-    room = torch.where(point > x, 1 - x, x).flatten(1).double()  # before a pixel is clipped
+    d = (point - x).flatten(1)
+    room = torch.where(point > x, 1 - x, x).flatten(1)  # before a pixel is clipped
     # The squared length at scale s is sum_i min(s |d_i|, room_i)^2. Sorted by the scale at
     # which they are clipped, the first k pixels count with their room, the others with d.
     limit, order = (room / d.abs()).nan_to_num(math.inf, posinf=math.inf).sort(dim=1)
@@ -103,7 +103,7 @@ def project(point: Tensor, x: Tensor, norm: str, radius: float) -> Tensor:
     k = reached.to(torch.int8).argmax(1, keepdim=True)
     squared = (radius**2 - before.gather(1, k)) / free.gather(1, k)
     scale = squared.clamp_min(0).sqrt().view(-1, *[1] * (x.ndim - 1))
-    shrunk = (x + (scale * d.view_as(x)).to(x)).clamp(0, 1)
+    shrunk = (x + scale * d.view_as(x)).clamp(0, 1)
     return torch.where(long.view(scale.shape), shrunk, inside)
 
 
@@ -175,8 +175,10 @@ def _ascent(
 
 
 def _unit(gradient: Tensor) -> Tensor:
-    length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    return gradient / length.clamp_min(torch.finfo(gradient.dtype).tiny)
+    """Of length 1 each. Where a class is certain, the squares of a gradient would underflow."""
+    tiny = torch.finfo(gradient.dtype).tiny
+    scaled = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(tiny)
+    return scaled / scaled.square().sum((1, 2, 3), keepdim=True).sqrt().clamp_min(tiny)
 
 
 @torch.no_grad()

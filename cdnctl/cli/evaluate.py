@@ -142,6 +142,8 @@ def evaluate(
     for option, value in others.items():
         if mode and value:
             raise UsageError(f"{option} goes with the scores, not with {mode}")
+    if attack_from is not None and not attack:
+        raise UsageError("--attack-from says where changes come from: give --attack as well")
     default = {"--attack": "0", "--ood": "0,25", None: "15,25,50"}[mode]
     levels = parse_levels(default if sigma is None else sigma)
     for path in filter(None, (csv_file, plot)):
@@ -228,7 +230,8 @@ class _Run:
             for report in self.reports:
                 print(json.dumps(report))
             return
-        _print_table(self.table)
+        if self.table:
+            _print_table(self.table)
         if not self.quiet:
             for report in self.reports:
                 print(", ".join(f"{k} {v}" for k, v in report["protocol"].items()))
@@ -275,6 +278,8 @@ def _measure_robustness(
                     f"{model.name!r}: {', '.join(model.classes)}"
                 )
             pictures = [(x, str(s.label)) for s, x in read_pictures(samples, run.fail)]
+            if not pictures:
+                continue
             rows = []
             for sigma in run.levels:
                 found = robustness(
