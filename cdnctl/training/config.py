@@ -163,11 +163,6 @@ def _check(c: TrainConfig) -> None:
         raise ConfigError(
             f"run.precision is {c.run.precision!r}, but must be auto, float32, tf32 or bfloat16"
         )
-    if c.run.channels_last and c.optim.kind == "muon":
-        raise ConfigError(
-            "run.channels_last is true and optim.kind is 'muon', which needs weights that are "
-            "matrices as they lie in memory: set one of the two otherwise"
-        )
 
 
 def override(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:

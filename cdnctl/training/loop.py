@@ -185,7 +185,7 @@ class TrainState:
         for key, parameter in model.named_parameters():
             leaf: Tensor = parameter
             if config.optim.kind == "muon" and parameter.ndim == 4:
-                leaf = parameter.detach().view(parameter.shape[0], -1)
+                leaf = _matrix(parameter.detach())
                 matrices.append(leaf)
             else:
                 (decay if parameter.ndim > 1 else plain).append(leaf)
@@ -224,8 +224,14 @@ class TrainState:
         """
         tensors = {f"model.{k}": v.detach() for k, v in self.model.named_parameters()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
+        parameters = dict(self.model.named_parameters())
         for k, slots in self._slots():
-            tensors |= {f"optimizer.{name}.{k}": value for name, value in slots.items()}
+            for name, value in slots.items():
+                if value.shape != self.leaves[k].shape:  # a counter
+                    tensors[f"optimizer.{name}.{k}"] = value
+                else:
+                    whole = _like_memory_of(parameters[k], value).contiguous()
+                    tensors[f"optimizer.{name}.{k}"] = whole.view(value.shape)
         scalars = {
             "step": self.step,
             "seconds": self.seconds,
@@ -245,7 +251,8 @@ class TrainState:
     def load(self, place: Path) -> None:
         """Continue from a saved state: a folder, or the one file of an earlier version."""
         tensors = read_tensors(place)
-        for k, p in self.model.named_parameters():
+        parameters = dict(self.model.named_parameters())
+        for k, p in parameters.items():
             with torch.no_grad():
                 p.copy_(tensors[f"model.{k}"])
                 self.ema[k].copy_(tensors[f"ema.{k}"])
@@ -253,10 +260,11 @@ class TrainState:
             part, _, rest = key.partition(".")
             if part == "optimizer":
                 name, _, k = rest.partition(".")
-                # In memory like the weights: the fused kernels do not look at strides.
-                leaf = self.leaves[k].detach()
-                same = value.shape == leaf.shape
-                slot = torch.empty_like(leaf).copy_(value) if same else value.to(leaf.device)
+                slot = value.to(self.device)
+                if value.shape == self.leaves[k].shape:
+                    # In memory like the weights: the fused kernels do not look at strides.
+                    slot = torch.empty_like(self.leaves[k].detach())
+                    _like_memory_of(parameters[k], slot).copy_(value.view(parameters[k].shape))
                 self._state_of(k)[name] = slot
         scalars = read_run(place)["state"]
         self.step, self.seconds = scalars["step"], scalars["seconds"]
@@ -273,7 +281,7 @@ class TrainState:
         if not (free and factor == 1):
             torch._foreach_mul_(list(gradients), factor)
         for leaf, g in zip(self.leaves.values(), gradients, strict=True):
-            leaf.grad = g.view(leaf.shape)
+            leaf.grad = g if leaf.shape == g.shape else _matrix(g)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -329,6 +337,23 @@ class TrainState:
         torch._foreach_lerp_(
             list(self.ema.values()), [p.detach() for p in self.model.parameters()], 1 - decay
         )
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Convolution weights (O, I, H, W) as a matrix (O, all else), columns as they lie in memory.
+
+    In which order does not matter to Muon: it makes rows orthogonal.
+    """
+    rows = tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)
+    return rows.view(len(tensor), -1)
+
+
+def _like_memory_of(parameter: Tensor, slot: Tensor) -> Tensor:
+    """What an optimizer sees of a parameter, in the parameter's shape: undoes `_matrix`."""
+    if slot.shape == parameter.shape or parameter.is_contiguous():
+        return slot.view(parameter.shape)
+    o, i, h, w = parameter.shape
+    return slot.view(o, h, w, i).permute(0, 3, 1, 2)
 
 
 # -- files of a run -------------------------------------------------------------------------
@@ -804,7 +829,6 @@ def probe(
     batches = Batches(pictures, config.data, config.noise, config.loss, config.run.seed)
     header = _header(config, pictures, datasets)
     precisions = ["float32", *(["tf32"] if device.type == "cuda" else []), "bfloat16"]
-    orders = [False] if config.optim.kind == "muon" else [False, True]
     reference: list[tuple[Tensor, list[Tensor]]] = []
     trials: list[Trial] = []
 
@@ -822,7 +846,7 @@ def probe(
         watch(trial)
 
     for precision in precisions:
-        for channels_last in orders:
+        for channels_last in (False, True):
             attempt(precision, channels_last, False)
     for plain in sorted((t for t in trials if t.sound), key=lambda t: -t.rate):
         if time.monotonic() < deadline:
