@@ -35,6 +35,9 @@ def bench(
     methods: Annotated[
         str | None, typer.Option("--methods", help="Only these, comma-separated.")
     ] = None,
+    folders: Annotated[
+        bool, typer.Option("--folders", help="Time folders of pictures against a plain loop.")
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -50,6 +53,9 @@ def bench(
         if unknown:
             raise UsageError(f"unknown methods {sorted(unknown)}; known: {', '.join(names)}")
         names = [n for n in names if n in methods.split(",")]
+    if folders:
+        _throughput(as_json, threads)
+        return
     if folder is not None:
         rows = []
         for row in quality(expand([folder], recursive=True), names, levels):
@@ -72,6 +78,23 @@ def bench(
         print(json.dumps([asdict(c) for c in costs]))
     else:
         _cost_table(costs, REFERENCE)
+
+
+def _throughput(as_json: bool, threads: int | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cdnctl.benchmark import throughput
+
+    rows = list(throughput(threads=threads))
+    if as_json:
+        print(json.dumps([asdict(r) | {"ratio": r.ratio} for r in rows]))
+        return
+    table = Table("pictures", "count", "plain loop, per s", "cdnctl, per s", "ratio")
+    for r in rows:
+        cells = (r.pictures, r.count, f"{r.plain:.2f}", f"{r.batch:.2f}", f"{r.ratio:.2f}")
+        table.add_row(*map(str, cells))
+    Console(highlight=False).print(table)
 
 
 def _quality_table(rows: Sequence[Quality]) -> None:
