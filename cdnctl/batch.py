@@ -21,7 +21,7 @@ from typing import Any
 from cdnctl import images
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
-from cdnctl.manifest import Manifest, Origin, digest
+from cdnctl.manifest import Manifest, Origin, changed, digest
 from cdnctl.restore import Restored, Settings, batch_size, estimate_sigma, restore, restore_batch
 from cdnctl.selection import Models
 
@@ -40,15 +40,30 @@ class Job:
 
 
 def find_pictures(folder: Path, recursive: bool) -> list[Path]:
-    """Picture files of a folder, sorted; hidden files are left out."""
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    return sorted(
-        p
-        for p in found
-        if images.is_image_path(p)
-        and not p.is_dir()
-        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-    )
+    """Picture files of a folder, sorted; hidden files and folders are left out.
+
+    Symbolic links are followed to files, not to folders. A folder inside that cannot be looked
+    into is in the list itself, so that it is heard of when it is read.
+    """
+    found, folders = [], [folder]
+    while folders:
+        place = folders.pop()
+        try:
+            entries = list(os.scandir(place))
+        except OSError:
+            if place == folder:
+                raise
+            found.append(place)
+            continue
+        for entry in entries:
+            path = place / entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders += [path] if recursive else []
+            elif images.is_image_path(path) and not os.path.isdir(path):
+                found.append(path)
+    return sorted(found)
 
 
 def expand(inputs: Sequence[Path], recursive: bool) -> list[Path]:
@@ -119,7 +134,10 @@ def _without(files: list[Path], source: Path, output: Path) -> list[Path]:
 
 def same_file(a: Path, b: Path) -> bool:
     """Whether two paths lead to one file, there or not."""
-    return _key(a) == _key(b) or (a.exists() and b.exists() and a.samefile(b))
+    try:
+        return _key(a) == _key(b) or a.samefile(b)
+    except OSError:  # one of them is not there
+        return False
 
 
 def _key(path: Path) -> str:
@@ -273,17 +291,21 @@ class Batch:
         """Read a file and estimate its noise; in a thread."""
         started = time.monotonic()
         try:
+            self._tidy(job)
             if self.resume and self.is_done(job):
                 return Done(job)
+            time_of_input = changed(job.source)  # before it is read, see there
             data = images.load(job.source)
             image = images.decode(data, str(job.source))
             sigma = self.settings.sigma
             if sigma is None:
                 sigma = estimate_sigma(image.samples)
-            origin = Origin.of(job.source, data)
+            origin = Origin(digest(data), len(data), time_of_input)
             return _Loaded(job, image, sigma, origin, time.monotonic() - started)
         except ImageError as error:
             return self._failed(job, str(error))
+        except MemoryError:
+            return self._failed(job, f"cannot read {str(job.source)!r}: not enough memory for it")
         except OSError as error:
             reason = error.strerror or error
             return self._failed(job, f"cannot read {str(job.source)!r}: {reason}")
@@ -307,7 +329,11 @@ class Batch:
                 settings = replace(self.settings, sigma=first.sigma)
                 results = [restore(first.image, model, settings, self.watch)]
         except ImageError as error:
-            results = [ImageError(f"{str(item.job.source)!r}: {error}") for item in group]
+            if len(group) > 1:  # one of them spoils it: each on its own, which changes no result
+                for item in group:
+                    yield from self._compute([item])
+                return
+            results = [ImageError(f"{str(first.job.source)!r}: {error}")]
         seconds = (time.monotonic() - started) / len(group)
         for item, result in zip(group, results, strict=True):
             yield item, result, seconds
@@ -324,15 +350,23 @@ class Batch:
             seconds += item.seconds + time.monotonic() - started
             notes = restored.image.notes + images.conversions(image, suffix)
             restored = replace(restored, image=replace(image, notes=notes))
+            temporary = images.temporary_name()
             if self.manifest is not None:
-                self.manifest.add(self._record(item, restored, data, seconds))
-            images.save(data, job.output)
+                record = self._record(item, restored, data, seconds)
+                self.manifest.add(record | {"temporary": temporary})
+            images.save(data, job.output, temporary)
             return Done(job, restored, seconds=seconds)
         except ImageError as error:
             return self._failed(job, str(error))
-        except OSError as error:
-            reason = error.strerror or error
+        except (OSError, RecursionError) as error:  # the latter from very deep folders
+            reason = getattr(error, "strerror", None) or error
             return self._failed(job, f"cannot write {str(job.output)!r}: {reason}")
+
+    def _tidy(self, job: Job) -> None:
+        """Remove the temporary files that killed runs may have left of an output."""
+        # The manifest is locked, so none of the runs that it tells of is still at work.
+        for record in [] if self.manifest is None else self.manifest.records(job.output):
+            images.remove_temporary(job.output, str(record.get("temporary")))
 
     def _failed(self, job: Job, error: str) -> Done:
         if self.manifest is not None:
@@ -376,7 +410,7 @@ class Batch:
 
         ImageError if doing it again would replace an output that is not cdnctl's own.
         """
-        if self.manifest is None or not job.output.exists():
+        if self.manifest is None or not os.path.exists(job.output):
             return False
         found = digest(images.load(job.output))
         ours = [r for r in self.manifest.records(job.output) if r.get("output_sha256") == found]

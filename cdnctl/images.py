@@ -28,8 +28,10 @@ import io
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
+import stat
 import struct
 import threading
 import warnings
@@ -213,7 +215,11 @@ def load(path: Path) -> bytes:
         ImageError: when it cannot be read.
     """
     try:
-        return path.read_bytes()
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            return path.read_bytes()
+        # Reading a pipe or a device may take for ever.
+        reason = "it is not a regular file; name one, or give - and pipe the picture in"
     except FileNotFoundError:
         reason = "there is no such file; check the path"
     except IsADirectoryError:
@@ -224,7 +230,7 @@ def load(path: Path) -> bytes:
         reason = "there is not enough memory for it"
     except OSError as error:
         reason = error.strerror or str(error)
-    raise ImageError(f"cannot read '{path}': {reason}")
+    raise ImageError(f"cannot read {str(path)!r}: {reason}")
 
 
 def decode(data: bytes, name: str) -> Image:
@@ -241,14 +247,14 @@ def decode(data: bytes, name: str) -> Image:
         with quiet:
             return _decode(data, Path(name).suffix.lower())
     except ImageError as error:
-        raise ImageError(f"cannot read '{name}': {error}") from None
+        raise ImageError(f"cannot read {name!r}: {error}") from None
     except PIL.UnidentifiedImageError:
         reason = "not a picture in a format known here; convert it to PNG or TIFF first"
     except MemoryError:
         reason = "there is not enough memory for it"
     except Exception as error:  # decoders fail in every way there is; none may get out
         reason = f"the file is damaged or cut short ({error or type(error).__name__})"
-    raise ImageError(f"cannot read '{name}': {reason}")
+    raise ImageError(f"cannot read {name!r}: {reason}")
 
 
 def _decode(data: bytes, suffix: str) -> Image:
@@ -827,13 +833,30 @@ def write(image: Image, path: Path, *, strip_metadata: bool = False) -> tuple[st
     try:
         data = encode(image, suffix)
     except ImageError as error:
-        raise ImageError(f"cannot write '{path}': {error}") from None
+        raise ImageError(f"cannot write {str(path)!r}: {error}") from None
     save(data, path)
     return conversions(image, suffix)
 
 
-def save(data: bytes, path: Path) -> None:
+def temporary_name() -> str:
+    """Return a new name for a file that is being written."""
+    return f".cdnctl-{secrets.token_hex(8)}.tmp"
+
+
+def remove_temporary(path: Path, temporary: str) -> None:
+    """Remove what a killed `save` to a path under a temporary name has left, if anything."""
+    if re.fullmatch(r"\.cdnctl-[0-9a-f]{16}\.tmp", temporary):  # and never anything else
+        with contextlib.suppress(OSError):
+            os.unlink(Path(os.path.realpath(path)).with_name(temporary))
+
+
+def save(data: bytes, path: Path, temporary: str | None = None) -> None:
     """Write the bytes of a file, all or nothing; an existing file keeps its permissions.
+
+    Args:
+        data: All of them.
+        path: Where to.
+        temporary: The `temporary_name` beside it until it is complete; by default a new one.
 
     Raises:
         ImageError: when it cannot be written there.
@@ -841,33 +864,33 @@ def save(data: bytes, path: Path) -> None:
     """
     # Through a symbolic link, so that the link stays and its target is replaced.
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".cdnctl-{secrets.token_hex(8)}.tmp")
+    part = target.with_name(temporary or temporary_name())
     try:
         if target.exists() and not target.is_file():
             raise ImageError(
-                f"cannot write '{path}': it is not a regular file; choose another name"
+                f"cannot write {str(path)!r}: it is not a regular file; choose another name"
             )
         try:
-            with open(temporary, "xb") as file:
+            with open(part, "xb") as file:
                 file.write(data)
             if target.exists():
-                shutil.copymode(target, temporary)
-            os.replace(temporary, target)
+                shutil.copymode(target, part)
+            os.replace(part, target)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
         return
     except (FileNotFoundError, NotADirectoryError):
-        reason = f"there is no folder '{path.parent}'; create it first"
+        reason = f"there is no folder {str(path.parent)!r}; create it first"
     except PermissionError:
         reason = "permission denied; choose a folder that you may write to"
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SetupError(
-                f"cannot write '{path}': the disk is full; make room, then run again"
+                f"cannot write {str(path)!r}: the disk is full; make room, then run again"
             ) from None
         reason = f"{error}; choose another place"
-    raise ImageError(f"cannot write '{path}': {reason}")
+    raise ImageError(f"cannot write {str(path)!r}: {reason}")
 
 
 def _target_dtype(image: Image, suffix: str) -> np.dtype[Any]:

@@ -29,18 +29,25 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def changed(path: Path) -> int:
+    """When a file was last changed, in ns; 0 if it is not there.
+
+    Ask before you read: of a file that is changed while it is read, the time is then too old,
+    and a later run compares the content.
+    """
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 @dataclass(frozen=True)
 class Origin:
     """An input file as it was when it was read."""
 
     input_sha256: str = ""
     input_bytes: int = -1
-    input_mtime: int = 0  # ns
-
-    @staticmethod
-    def of(path: Path, data: bytes) -> Origin:
-        """Of a file and its content."""
-        return Origin(digest(data), len(data), path.stat().st_mtime_ns)
+    input_mtime: int = 0  # see `changed`
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> Origin:
@@ -53,20 +60,24 @@ class Origin:
 
     def still(self, path: Path) -> bool:
         """Whether the file is the same. Only if its time has changed, its content is read."""
-        stat = path.stat()
-        if stat.st_size != self.input_bytes:
+        try:
+            stat = path.stat()
+            if stat.st_size != self.input_bytes:
+                return False
+            if stat.st_mtime_ns == self.input_mtime:
+                return True
+            return digest(path.read_bytes()) == self.input_sha256
+        except OSError:
             return False
-        return stat.st_mtime_ns == self.input_mtime or digest(path.read_bytes()) == (
-            self.input_sha256
-        )
 
 
 class Manifest:
     """The manifest of an output folder: what it says, and as a context open for more lines.
 
     rank, world: of several processes each writes a part of its own, and all read all parts.
-    The file is locked while it is open. Entering raises UsageError if another run has it,
-    SetupError if it cannot be written.
+    The file is locked while it is open, and read when it is opened; `read` alone changes
+    nothing. Entering raises UsageError if another run has it, SetupError if it cannot be
+    written.
     """
 
     def __init__(self, folder: Path, rank: int = 0, world: int = 1):
@@ -74,19 +85,23 @@ class Manifest:
         self.path = folder / (NAME if rank == 0 else f"cdnctl-manifest.{rank}-of-{world}.jsonl")
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
+        self._torn = False  # whether the file ends in half a line
         self._records: dict[str, list[dict[str, Any]]] = defaultdict(list)
+
+    def read(self) -> None:
+        """Take in what the manifest says. SetupError if it cannot be read."""
         try:
-            for part in parts(folder):
+            for part in parts(self.folder):
                 self._take(part.read_bytes())
         except OSError as error:
             raise SetupError(
-                f"cannot read the manifest of {str(folder)!r}: {error.strerror or error}"
+                f"cannot read the manifest of {str(self.folder)!r}: {error.strerror or error}"
             ) from None
 
     def __enter__(self) -> Manifest:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")
+            self._file = open(self.path, "a+b", buffering=0)
         except OSError as error:
             raise SetupError(
                 f"cannot write {str(self.path)!r} ({error.strerror or error}): "
@@ -98,11 +113,14 @@ class Manifest:
                 f"another run is writing to {str(self.folder)!r}: "
                 "wait for it, or choose another folder"
             )
-        # A run that was killed may have left half a line.
-        if self._file.tell() > 0:
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":
-                self._write(b"\n")
+        try:
+            self.read()  # not before: until then another run may have written
+            if self._file.seek(0, os.SEEK_END) > 0:
+                self._file.seek(-1, os.SEEK_END)
+                self._torn = self._file.read(1) != b"\n"  # by a run that was killed
+        except BaseException:
+            self._file.close()
+            raise
         return self
 
     def __exit__(
@@ -120,9 +138,20 @@ class Manifest:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Write a line; from any thread. SetupError if it cannot be written."""
-        line = json.dumps(record, ensure_ascii=True, allow_nan=False)
+        line = json.dumps(record, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+        assert self._file is not None
         with self._lock:
-            self._write(line.encode() + b"\n")
+            rest = memoryview(b"\n" + line if self._torn else line)
+            self._torn = True
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError as error:
+                raise SetupError(
+                    f"cannot write {str(self.path)!r} ({error.strerror or error}): "
+                    "make room, then go on with --resume"
+                ) from None
+            self._torn = False
 
     def records(self, output: Path) -> list[dict[str, Any]]:
         """The lines, of those that were there at the start, about an output."""
@@ -135,17 +164,6 @@ class Manifest:
                 self._records[record["output"]].append(record)
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # half a line, or somebody's own
-
-    def _write(self, data: bytes) -> None:
-        assert self._file is not None
-        try:
-            self._file.write(data)
-            self._file.flush()
-        except OSError as error:
-            raise SetupError(
-                f"cannot write {str(self.path)!r} ({error.strerror or error}): "
-                "make room, then go on with --resume"
-            ) from None
 
 
 def parts(folder: Path) -> list[Path]:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
-from tiny import files, noisy_picture, save_tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import files, noisy_picture, save_tiny, write
 
 from cdnctl import images
-from cdnctl.batch import Batch, Job, default_output, expand, plan
+from cdnctl.batch import Batch, Job, default_output, expand, find_pictures, plan
 from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Image, Metadata
-from cdnctl.restore import Settings, restore
+from cdnctl.restore import Settings, batch_size, estimate_sigma, restore
 from cdnctl.selection import Models
 
 SIGMA = 0.2
@@ -22,6 +32,13 @@ CPU = torch.device("cpu")
 # -- where to -------------------------------------------------------------------------------
 
 NAMES = ["a b.png", "ä ö ü.png", "x[1].png", "{y}*?.png", "日本.jpg", "'q\"uote.PNG", "-dash.tif"]
+NAMES += [
+    "new\nline.png",
+    " ends in spaces .png",
+    "%s {0} $HOME.png",
+    "e\u0301.png",
+    "\u202egnp.png",
+]
 
 
 def touch(folder: Path, *names: str) -> list[Path]:
@@ -63,6 +80,92 @@ def test_a_folder_named_like_a_picture_is_none(tmp_path: Path) -> None:
     touch(tmp_path, "folder.png/a.png", "b.png")
     found = {j.source.name for j in plan([tmp_path], tmp_path / "out", True)}
     assert found == {"a.png", "b.png"}
+
+
+def test_links_are_followed_to_files_and_not_to_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.png", "in/sub/b.png", "else/c.png")
+    (tmp_path / "in/file.png").symlink_to(tmp_path / "else/c.png")
+    (tmp_path / "in/up").symlink_to("..")
+    (tmp_path / "in/folder.png").symlink_to("sub")
+    (tmp_path / "in/dangling.png").symlink_to("nowhere.png")
+    (tmp_path / "in/loop.png").symlink_to("loop.png")
+    found = {str(p.relative_to(tmp_path / "in")) for p in find_pictures(tmp_path / "in", True)}
+    # The last two are no pictures, which is told when they are read.
+    assert found == {"a.png", "sub/b.png", "file.png", "dangling.png", "loop.png"}
+
+
+def test_a_deep_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deeper than Python likes to recurse."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1100):
+        os.mkdir("d")
+        os.chdir("d")
+    os.chdir(tmp_path)
+    (name,) = touch(tmp_path, "d/d/d/a.png")
+    assert plan([tmp_path], tmp_path / "out", True) == [Job(name, tmp_path / "out/d/d/d/a.png")]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_heard_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "in/a.png", "in/secret/b.png")
+    scan = os.scandir
+
+    def scandir(path: Path) -> Any:
+        if Path(path).name == "secret":  # root may look into everything
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert find_pictures(tmp_path / "in", True) == [tmp_path / "in/a.png", tmp_path / "in/secret"]
+    with pytest.raises(PermissionError):
+        find_pictures(tmp_path / "in/secret", True)
+
+
+def test_hidden_folders_are_not_even_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, ".git/a.png", "b.png")
+    seen, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: seen.append(path) or scan(path))
+    assert find_pictures(tmp_path, True) == [tmp_path / "b.png"] and seen == [tmp_path]
+
+
+def test_names_that_collide_once_they_are_png(tmp_path: Path) -> None:
+    touch(tmp_path / "in", "a.gif", "a.gif.png")
+    with pytest.raises(UsageError, match=r"a\.gif'.*a\.gif\.png'.*would both be written"):
+        plan([tmp_path / "in"], tmp_path / "out", False)
+    touch(tmp_path / "other", "a.jpg", "a.png", "A.png", "A.PNG")
+    assert len(plan([tmp_path / "other"], tmp_path / "out", False)) == len(
+        list((tmp_path / "other").iterdir())
+    ), "as many as this file system tells apart"
+
+
+def test_an_input_named_twice_is_a_collision(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.png")
+    for inputs in (["in/a.png", "in/a.png"], ["in", "in/a.png"], ["in", "x/../in"]):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(UsageError, match="would both be written"):
+            plan([tmp_path / i for i in inputs], tmp_path / "out", False)
+
+
+def test_an_output_that_leads_back_to_an_input(tmp_path: Path) -> None:
+    """Through links in the output folder, or an output folder that is a link."""
+    touch(tmp_path / "in", "a.png", "b.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.png").symlink_to(tmp_path / "in/b.png")
+    (tmp_path / "same").symlink_to(tmp_path / "in")
+    for output in ("out", "same"):
+        with pytest.raises(UsageError, match="overwrite"):
+            plan([tmp_path / "in"], tmp_path / output, False)
+
+
+def test_two_outputs_that_are_one_file(tmp_path: Path) -> None:
+    touch(tmp_path / "in", "a.png", "b.png")
+    touch(tmp_path / "out", "b.png")
+    (tmp_path / "out/a.png").symlink_to("b.png")
+    with pytest.raises(UsageError, match="would both be written"):
+        plan([tmp_path / "in"], tmp_path / "out", False)
 
 
 def test_a_folder_needs_an_output(tmp_path: Path) -> None:
@@ -152,6 +255,12 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 # -- many files -----------------------------------------------------------------------------
 
 
+def batch(place: Path, options: Settings = Settings(SIGMA)) -> Batch:  # noqa: B008
+    """With a tiny model."""
+    weights = place / "m.safetensors"
+    return Batch(Models(str(weights if weights.exists() else save_tiny(weights)), CPU), options)
+
+
 def write_pictures(folder: Path, *names: str) -> None:
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -214,6 +323,162 @@ def test_an_interrupted_write_leaves_nothing(
         list(Batch(models, Settings(SIGMA)).run(jobs))
     assert files(tmp_path / "out").keys() == {"a.png"}
     images.read(tmp_path / "out/a.png")
+
+
+BAD: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.touch(),
+    "text": lambda path: path.write_text("this is a text\n" * 30),
+    "truncated": lambda path: path.write_bytes(write(path).read_bytes()[:-60]),
+    "bomb": lambda path: path.write_bytes(bomb()),
+    "dangling": lambda path: path.symlink_to("nowhere.png"),
+    "circle": lambda path: path.symlink_to(path),
+    "device": lambda path: path.symlink_to("/dev/null"),
+    "animation": lambda path: PIL.Image.new("RGB", (3, 3), "red").save(
+        path, "GIF", save_all=True, append_images=[PIL.Image.new("RGB", (3, 3), "blue")]
+    ),
+}
+
+
+def bomb() -> bytes:
+    """100,000 x 100,000 black pixels in 100 bytes."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(1000))),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_each_kind_of_bad_file(tmp_path: Path, kind: str) -> None:
+    for name in ("a.png", "z.png"):
+        write(tmp_path / "in" / name)
+    BAD[kind](tmp_path / "in" / "bad one.png")
+    jobs = plan([tmp_path / "in"], tmp_path / "out", False)
+    done = {d.job.source.name: d for d in batch(tmp_path).run(jobs)}
+    error = done.pop("bad one.png").error
+    assert error is not None and "'" + str(tmp_path / "in" / "bad one.png") + "'" in error
+    assert len(error.splitlines()) == 1 and len(error) > len(str(tmp_path)) + 40, "a reason"
+    assert not [d.error for d in done.values() if d.error]
+    assert files(tmp_path / "out").keys() == {"a.png", "z.png"}
+
+
+def test_pictures_that_vanish_after_planning(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", "a.png", "b.png", "c.png")
+    jobs = plan([tmp_path / "in"], tmp_path / "out", False)
+    (tmp_path / "in/b.png").unlink()
+    errors = {d.job.source.name: d.error for d in batch(tmp_path).run(jobs)}
+    assert errors["a.png"] is errors["c.png"] is None and "no such file" in str(errors["b.png"])
+    shutil.rmtree(tmp_path / "in")
+    assert all("no such file" in str(d.error) for d in batch(tmp_path).run(jobs))
+
+
+def test_one_picture_spoils_none_of_its_size(tmp_path: Path) -> None:
+    """They go through the network together; one of them makes it overflow."""
+    for i in range(5):
+        pixels = noisy_picture(20, 24, seed=i)
+        if i == 3:
+            pixels[2, 2] = 3e38
+        write(tmp_path / "in" / f"{i}.tif", pixels, np.float32)
+    jobs = plan([tmp_path / "in"], tmp_path / "out", False)
+    errors = {d.job.source.name: d.error for d in batch(tmp_path).run(jobs)}
+    assert {n for n, e in errors.items() if e} == {"3.tif"} and "not finite" in str(errors["3.tif"])
+    alone = Job(tmp_path / "in" / "1.tif", tmp_path / "alone.tif")
+    list(batch(tmp_path).run([alone]))
+    assert (tmp_path / "out/1.tif").read_bytes() == alone.output.read_bytes()
+
+
+def test_memory_that_runs_out_while_reading_costs_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path / "in", "a.png", "b.png")
+    write(tmp_path / "in" / "large.png", noisy_picture(30, 30))
+    estimate = estimate_sigma
+
+    def greedy(samples: np.ndarray) -> float:
+        if samples.shape[0] == 30:
+            raise MemoryError
+        return estimate(samples)
+
+    monkeypatch.setattr("cdnctl.batch.estimate_sigma", greedy)
+    jobs = plan([tmp_path / "in"], tmp_path / "out", False)
+    errors = {d.job.source.name: d.error for d in batch(tmp_path, Settings()).run(jobs)}
+    assert {n for n, e in errors.items() if e} == {"large.png"}
+    assert "memory" in str(errors["large.png"])
+
+
+def test_names_too_long_for_an_output(tmp_path: Path) -> None:
+    """The suffix that is added makes them too long."""
+    PIL.Image.new("L", (4, 4)).save(tmp_path / ("n" * 251 + ".gif"))
+    write(tmp_path / "a.png")
+    (tmp_path / "out").mkdir()
+    for _ in range(2):
+        jobs = plan([tmp_path], tmp_path / "out", False)
+        errors = sorted(str(d.error) for d in batch(tmp_path).run(jobs))
+        assert errors[0] == "None" and "too long" in errors[1]
+
+
+# -- the same bytes, however ----------------------------------------------------------------
+
+SHAPES = [(20, 24, 3)] * 5 + [(20, 24, 1)] * 2 + [(1, 1, 3), (90, 120, 3), (90, 120, 3), (7, 50, 1)]
+SHAPES += [(270, 260, 3)]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Path, bytes]]:
+    """A folder with pictures of many kinds, and what becomes of each on its own."""
+    place = tmp_path_factory.mktemp("many")
+    for i, shape in enumerate(SHAPES):
+        dtype, suffix = [("uint8", "png"), ("uint16", "png"), ("float32", "tif")][i % 3]
+        write(place / "in" / f"{i}.{suffix}", noisy_picture(*shape, seed=i), dtype)
+    alone = {}
+    for job in plan([place / "in"], place / "alone", False):
+        (done,) = batch(place, Settings()).run([job])
+        assert done.error is None
+        alone[job.source] = job.output.read_bytes()
+    return place, alone
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.data())
+def test_neither_neighbours_nor_order_change_a_bit(
+    many: tuple[Path, dict[Path, bytes]], data: st.DataObject
+) -> None:
+    place, alone = many
+    chosen = data.draw(st.lists(st.sampled_from(sorted(alone)), min_size=1, unique=True))
+    jobs = [Job(source, place / "together" / source.name) for source in chosen]
+    assert {d.error for d in batch(place, Settings()).run(jobs)} == {None}
+    for job in jobs:
+        assert job.output.read_bytes() == alone[job.source], job.source.name
+
+
+def test_nor_does_a_way_past_the_batch(many: tuple[Path, dict[Path, bytes]]) -> None:
+    place, alone = many
+    model = batch(place).models.pick(1, 1)
+    for source, expected in alone.items():
+        image = restore(images.read(source), model, Settings()).image
+        assert images.encode(image, source.suffix) == expected
+
+
+def test_batches_are_filled(many: tuple[Path, dict[Path, bytes]]) -> None:
+    """Or the tests above would show nothing."""
+    assert batch_size(20, 24) > 5 and batch_size(90, 120) > 2 and batch_size(270, 260) == 1
+
+
+def test_as_many_at_once_as_the_network_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than one batch, and more than are read ahead."""
+    count = 2 * batch_size(20, 24) + 3
+    write_pictures(tmp_path / "in", *(f"{i:03}.png" for i in range(count)))
+    jobs = plan([tmp_path / "in"], tmp_path / "out", False)
+    assert len({d.job for d in batch(tmp_path).run(jobs)}) == count
+    shuffled = [replace(job, output=tmp_path / "back" / job.output.name) for job in jobs[::-1]]
+    assert len({d.job for d in batch(tmp_path).run(shuffled)}) == count
+    assert files(tmp_path / "out") == files(tmp_path / "back")
 
 
 def test_a_model_that_is_not_there_stops_everything(tmp_path: Path) -> None:

@@ -507,6 +507,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
     def refuse(*_: Any) -> bytes:
         raise PermissionError(13, "Permission denied")
 
+    (tmp_path / "a.png").touch()
     monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
     with pytest.raises(ImageError, match="permission"):
         images.read(tmp_path / "a.png")
