@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from cdnctl.errors import DeviceError, UsageError
+from cdnctl.errors import DeviceError, SetupError, UsageError
 
 
 def choose_device(name: str) -> torch.device:
@@ -81,3 +83,26 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
         yield dist.get_rank(), dist.get_world_size()
     finally:
         dist.destroy_process_group()
+
+
+def patient_barrier() -> Callable[[], None]:
+    """A function that waits until all processes of the group have called it.
+
+    However long that takes, and signals are heard meanwhile. All must ask for it together.
+    SetupError if another process ends instead. Without a group it does nothing.
+    """
+    if world_from_env() == (0, 1):
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+    def wait() -> None:
+        try:
+            work = dist.barrier(group, async_op=True)
+            while not work.is_completed():
+                time.sleep(0.02)
+            work.wait()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise SetupError(f"another process of the group has ended early ({reason})") from None
+
+    return wait

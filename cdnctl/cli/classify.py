@@ -20,6 +20,7 @@ from cdnctl.cli.common import (
     parse_sigma,
     progress,
     report_error,
+    shown,
     start_torch,
 )
 from cdnctl.errors import ImageError, UsageError
@@ -78,7 +79,7 @@ def classify(
                 print(json.dumps(record, ensure_ascii=False), flush=True)
             else:
                 listed = "  ".join(f"{name} {p:.1%}" for name, p in best.items())
-                print(f"{path}: {listed}", flush=True)
+                print(f"{shown(path)}: {listed}", flush=True)
             advance()
     if failed:
         raise typer.Exit(1)
@@ -123,6 +124,6 @@ def explain(
     images.write(images.Image.of(overlay(image.pixels, found.support)), output)
     if not quiet:
         print(
-            f"{source} -> {output}, evidence for {found.label} "
+            f"{shown(source)} -> {shown(output)}, evidence for {found.label} "
             f"(probability {found.posterior[found.label]:.1%}), model {chosen.name}"
         )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,7 @@ from cdnctl.cli.common import (
     parse_size,
     progress,
     report_error,
+    shown,
     start_torch,
     warn,
 )
@@ -116,43 +118,56 @@ def denoise(
     from cdnctl.batch import Batch, plan
     from cdnctl.manifest import Manifest
     from cdnctl.restore import Settings
-    from cdnctl.runtime import process_group
+    from cdnctl.runtime import patient_barrier, process_group
     from cdnctl.selection import Models
 
     settings = Settings(level, wanted, strength, guidance, tile, budget)
     models = Models(model, torch_device, class_names(wanted))
     printer = Printer(models, settings, as_json, quiet)
     if STDIO in inputs or output == STDIO:
-        if uncertainty is not None:
-            raise UsageError("--uncertainty works with files, not with -")
+        given = {
+            "--uncertainty": uncertainty is not None,
+            "--dry-run": dry_run,
+            "--resume": resume,
+            "--skip-existing": skip_existing,
+        }
+        for option in (o for o, is_given in given.items() if is_given):
+            raise UsageError(f"{option} works with files, not with -")
         _pipe(inputs, output, models, settings, strip_metadata, overwrite, printer)
         return
+    is_folder = output is not None and (len(inputs) > 1 or inputs[0].is_dir())
+    if resume and not is_folder:
+        raise UsageError("--resume goes on with a folder of pictures: give one, and -o FOLDER")
 
-    # All processes of a group plan before any of them writes.
-    with process_group(torch.device("cpu")) as (rank, world):
+    with process_group(torch.device("cpu")) as (rank, world), ExitStack() as stack:
+        wait_for_all = patient_barrier()
         jobs = plan(inputs, output, recursive)
         if uncertainty is not None:
             _check_uncertainty(uncertainty, jobs, overwrite)
-        existing = [job for job in jobs if job.output.exists()]
-        if existing and skip_existing:
-            jobs = [job for job in jobs if job not in existing]
+        existing = [job for job in jobs if os.path.exists(job.output)]
+        passed: list[Job] = []
+        if skip_existing:
+            passed = existing[rank::world]
+            there = set(existing)
+            jobs = [job for job in jobs if job not in there]
         elif existing and not (overwrite or resume):
             _refuse(existing, output)
-        if world > 1:
-            torch.distributed.barrier()
-    jobs = jobs[rank::world]
+        jobs = jobs[rank::world]
 
-    batch = Batch(models, settings, strip_metadata, overwrite=overwrite, resume=resume)
-    if output is not None and (len(inputs) > 1 or inputs[0].is_dir()):
-        batch = replace(batch, manifest=Manifest(output, rank, world))
-    elif resume:
-        raise UsageError("--resume goes on with a folder of pictures: give one, and -o FOLDER")
-    if dry_run:
-        _announce(jobs, batch, printer)
-        return
-    failed = _report(batch, jobs, printer)
-    if uncertainty is not None and jobs and not failed:
-        _write_uncertainty(jobs[0], uncertainty, models, settings)
+        batch = Batch(models, settings, strip_metadata, overwrite=overwrite, resume=resume)
+        if output is not None and is_folder:
+            batch = replace(batch, manifest=Manifest(output, rank, world))
+        if dry_run:
+            failed = _announce(batch, jobs, passed, printer)
+        else:
+            if batch.manifest is not None:
+                stack.enter_context(batch.manifest)
+            wait_for_all()  # no process writes before all have planned
+            failed = _report(batch, jobs, passed, printer)
+            if uncertainty is not None and jobs and not failed:
+                _write_uncertainty(jobs[0], uncertainty, models, settings)
+            # torchrun ends the other processes when one has failed: not before they are done.
+            wait_for_all()
     if failed:
         raise typer.Exit(1)
 
@@ -169,27 +184,34 @@ def _refuse(existing: list[Job], output: Path | None) -> None:
     )
 
 
-def _announce(jobs: list[Job], batch: Batch, printer: Printer) -> None:
-    """The plan, and nothing else."""
+def _announce(batch: Batch, jobs: list[Job], passed: list[Job], printer: Printer) -> list[Done]:
+    """The plan, and nothing else; what would be refused is returned."""
+    from cdnctl.batch import Done
     from cdnctl.errors import ImageError
 
+    if batch.manifest is not None:
+        batch.manifest.read()
+    refused = []
     for job in jobs:
         try:
             printer.planned(job, batch.resume and batch.is_done(job))
         except ImageError as error:
-            report_error(str(error))
+            refused.append(Done(job, error=str(error)))
+            printer.failure(refused[-1])
+    for job in passed:
+        printer.planned(job, done=True)
+    return refused
 
 
-def _report(batch: Batch, jobs: list[Job], printer: Printer) -> list[Done]:
+def _report(batch: Batch, jobs: list[Job], passed: list[Job], printer: Printer) -> list[Done]:
     """Do the work and print each result as it comes; the failures again at the end, and
-    returned."""
-    failed, counts = [], Counter[str]()
-    total, started = len(jobs), time.monotonic()
+    returned. passed: jobs that are not to be done."""
+    failed, counts = [], Counter(skipped=len(passed))
+    total, started = len(jobs) + len(passed), time.monotonic()
+    for job in passed:
+        printer.skipped(job)
     try:
-        with (
-            batch.manifest or nullcontext(),
-            progress(total, printer.quiet) as advance,
-        ):
+        with progress(len(jobs), printer.quiet) as advance:
             for done in replace(batch, watch=advance.within).run(jobs):
                 if done.error is not None:
                     counts["failed"] += 1
@@ -202,14 +224,15 @@ def _report(batch: Batch, jobs: list[Job], printer: Printer) -> list[Done]:
                     counts["restored"] += 1
                     printer.result(done.job.source, done.job.output, done.restored, done.seconds)
                 advance()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # the latter: told to terminate
         hint = ""
         if total > 1:
             way = "--skip-existing" if batch.manifest is None else "--resume"
             hint = f": continue with {way}"
         report_error(f"interrupted after {counts.total()} of {total} pictures{hint}")
-        raise typer.Exit(130) from None
-    if total > 1:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 1)
+        raise typer.Exit(code) from None
+    if total > 1 or batch.manifest is not None:
         printer.summary(counts, time.monotonic() - started)
     if failed and total > 1:
         report_error(f"{len(failed)} of {total} pictures failed:")
@@ -304,8 +327,8 @@ class Printer:
                 else ""
             )
             warn(
-                f"{source}: sigma {level:.1f}{note} is outside the range {low:g}..{high:g} that "
-                f"model {model.name!r} was trained on"
+                f"{shown(source)}: sigma {level:.1f}{note} is outside the range "
+                f"{low:g}..{high:g} that model {model.name!r} was trained on"
             )
         best = next(iter(restored.posterior.items()), None)
         # With the picture itself on standard output, remarks go to standard error.
@@ -326,7 +349,8 @@ class Printer:
             print(json.dumps(record, ensure_ascii=False), file=stream, flush=True)
         elif not self.quiet:
             how = "estimated" if self.estimated else "given"
-            parts = [f"{source} -> {output}", f"sigma {level:.1f} ({how})", f"model {model.name}"]
+            where = f"{shown(source)} -> {shown(output)}"
+            parts = [where, f"sigma {level:.1f} ({how})", f"model {model.name}"]
             if best is not None and (best[1] >= 0.5 or self.target == "auto"):
                 parts.append(f"most probable class {best[0]} ({best[1]:.0%})")
             print(", ".join([*parts, *restored.image.notes]), file=stream, flush=True)
@@ -348,7 +372,8 @@ class Printer:
         if self.as_json:
             self._event("planned", job, done=done)
         else:
-            print(f"{job.source} -> {job.output}{', done before' if done else ''}", flush=True)
+            note = ", done before" if done else ""
+            print(f"{shown(job.source)} -> {shown(job.output)}{note}", flush=True)
 
     def summary(self, counts: Counter[str], seconds: float) -> None:
         """What became of all pictures."""
@@ -357,7 +382,8 @@ class Printer:
             record = {"event": "finished", **kinds, "seconds": round(seconds, 3)}
             print(json.dumps(record), flush=True)
         elif not self.quiet:
-            done = f"{counts['restored']} pictures restored in {seconds:.1f} s"
+            plural = "" if counts["restored"] == 1 else "s"
+            done = f"{counts['restored']} picture{plural} restored in {seconds:.1f} s"
             skipped = f", {counts['skipped']} done before" if counts["skipped"] else ""
             print(done + skipped, file=sys.stderr, flush=True)
 
