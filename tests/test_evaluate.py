@@ -15,6 +15,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tiny import CLASSES, noisy_picture, picture, save_tiny, tiny
+from torch import Tensor
 
 import cdnctl.evaluate
 from cdnctl import images, restore
@@ -153,10 +154,15 @@ def test_an_exact_denoiser_gains(tmp_path: Path) -> None:
         assert row.psnr > row.psnr_noisy + 1
 
 
-def test_gray_pictures_have_scores(tmp_path: Path, model: Model) -> None:
-    file = write(tmp_path / "a.tif", picture(20, 24, channels=1))
-    for row in evaluate([Sample(file)], model, SIGMAS):
-        assert row.error is None and row.psnr is not None and row.ssim is not None
+def test_gray_pictures_are_scored_as_they_are_restored(tmp_path: Path, model: Model) -> None:
+    clean = picture(20, 24, channels=1)
+    sample = Sample(write(tmp_path / "a.tif", clean))
+    for row in evaluate([sample], model, SIGMAS):
+        noisy = noisy_version(clean, row.sigma, sample.key, 0)
+        image = Image.of(noisy, np.float32)
+        result = restore.restore(image, model, restore.Settings(row.sigma)).image.samples
+        expected = peak_signal_noise_ratio(clean, np.clip(result, 0, 1), data_range=1)
+        assert row.psnr == pytest.approx(expected, abs=1e-3) and row.ssim is not None
 
 
 def test_without_noise_there_is_nothing_to_restore(tmp_path: Path, model: Model) -> None:
@@ -303,6 +309,24 @@ def test_a_batch_gives_what_each_picture_gives_alone(
         assert (a.psnr is not None) == (good and arch != "classifier" and a.sigma > 0)
         assert (a.predicted is not None) == (good and arch != "unet" and a.label is not None)
         assert (a.psnr_class is None) == (a.psnr is None or a.predicted is None)
+
+
+def test_a_batch_always_has_its_size(
+    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few there are: kernels may round differently for another number."""
+    seen: set[tuple[int, ...]] = set()
+    correction = model.module.correction
+
+    def watched(y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        seen.add(tuple(y.shape))
+        return correction(y, *args)
+
+    monkeypatch.setattr(model.module, "correction", watched)
+    samples = find_samples(folder_of(tmp_path, 5), None, model)
+    for few in (samples, samples[:1]):
+        list(evaluate(few, model, SIGMAS))
+    assert seen == {(restore.batch_size(20, 24), 3, 20, 24)}
 
 
 def test_tiles_give_what_the_whole_gives(
