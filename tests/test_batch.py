@@ -102,7 +102,15 @@ def test_a_deep_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         os.chdir("d")
     os.chdir(tmp_path)
     (name,) = touch(tmp_path, "d/d/d/a.png")
-    assert plan([tmp_path], tmp_path / "out", True) == [Job(name, tmp_path / "out/d/d/d/a.png")]
+    try:
+        assert plan([tmp_path], tmp_path / "out", True) == [Job(name, tmp_path / "out/d/d/d/a.png")]
+    finally:  # what clears up behind the tests would recurse
+        name.unlink()
+        for _ in range(1100):
+            os.chdir("d")
+        for _ in range(1100):
+            os.chdir("..")
+            os.rmdir("d")
 
 
 def test_a_folder_that_cannot_be_looked_into_is_heard_of(
