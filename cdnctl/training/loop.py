@@ -360,21 +360,23 @@ def _like_memory_of(parameter: Tensor, slot: Tensor) -> Tensor:
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Tensors in groups of at most ``SHARD`` bytes. One that is larger is cut along its first
-    axis into NAME#0, NAME#1, ..."""
+    """Tensors in groups of at most ``SHARD`` bytes. One that does not fit into what is left of a
+    group fills it with its first rows: it is cut into NAME#0, NAME#1, ..."""
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD
     for key, tensor in tensors.items():
-        pieces = {key: tensor}
-        if tensor.nbytes > SHARD:
-            rows = max(1, SHARD * len(tensor) // tensor.nbytes)
-            pieces = {f"{key}#{i}": t.contiguous() for i, t in enumerate(tensor.split(rows))}
-        for name, piece in pieces.items():
-            if piece.nbytes > room and shards[-1]:
-                shards.append({})
-                room = SHARD
-            shards[-1][name] = piece
-            room -= piece.nbytes
+        cuts = 0
+        while tensor.nbytes > room:
+            rows = room * len(tensor) // tensor.nbytes if tensor.ndim else 0
+            if rows:
+                shards[-1][f"{key}#{cuts}"] = tensor[:rows].contiguous()
+                tensor, cuts = tensor[rows:], cuts + 1
+            elif not shards[-1]:
+                break  # a single row is larger than a group: so be it
+            shards.append({})
+            room = SHARD
+        shards[-1][f"{key}#{cuts}" if cuts else key] = tensor.contiguous()
+        room = max(0, room - tensor.nbytes)
     return shards
 
 
