@@ -19,8 +19,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+COMMAND = Path(sys.executable).with_name("cdnctl")
 HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 needs_server = pytest.mark.skipif(not HAS_SERVER, reason="this system cannot fork")
 
@@ -47,6 +49,10 @@ class Result:
     def records(self) -> list[dict[str, Any]]:
         """Standard output as JSON, one object a line."""
         return [json.loads(line) for line in self.out.splitlines()]
+
+
+Run = Callable[..., Result]
+"""What the fixtures ``cdnctl`` and ``real`` are."""
 
 
 def checked(result: Result, folder: Path) -> Result:
@@ -78,6 +84,11 @@ class Started:
         """As `kill -9` does."""
         self.process.kill()
         self.process.join()
+
+    def freeze(self) -> None:
+        """Stop it for a while: until it gets SIGCONT."""
+        self.signal(signal.SIGSTOP)
+        self.until(lambda: psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
 
     def wait(self, seconds: float = 120) -> Result:
         """Its end, which must come."""
@@ -120,7 +131,18 @@ def start(
         args=([str(a) for a in args], str(cwd), str(out), terminal or str(err), env, prepare),
     )
     process.start()
-    return Started(process, out, err)
+    started = Started(process, out, err)
+    _all.append(started)
+    return started
+
+
+def kill_all() -> None:
+    """End what a failed test has left."""
+    while _all:
+        _all.pop().kill()
+
+
+_all: list[Started] = []
 
 
 def _run(

@@ -450,7 +450,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Path, byt
     return place, alone
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(st.data())
 def test_neither_neighbours_nor_order_change_a_bit(
     many: tuple[Path, dict[Path, bytes]], data: st.DataObject

@@ -10,8 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,57 +17,15 @@ import numpy as np
 import PIL.ImageCms
 import pytest
 import torch
-from processes import Result, checked
+from processes import COMMAND, Result, Run, checked
 from tiny import CLASSES, files, noisy_picture, picture, save_tiny, write
 
 from cdnctl import checkpoints, images
 from cdnctl.checkpoints import load_model, read_header, save_model
-from cdnctl.cli import main
 from cdnctl.images import Metadata
 from cdnctl.training.loop import STATE, read_run
 
-COMMAND = Path(sys.executable).with_name("cdnctl")
 NAMES = ["a b.png", "ä ö ü.jpg", "x[1] {y}.tif", "[bold]日本[/bold].png", "sub/'q\"uote.PNG"]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def cdnctl(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
-) -> Iterator[Run]:
-    """The command in this process: cdnctl("denoise", path, ..., stdin=b"")."""
-    handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: object, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "argv", ["cdnctl", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capfdbinary.readouterr()
-        return checked(Result(stop.value.code or 0, out, err.decode()), tmp_path)  # type: ignore[arg-type]
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture
-def real(tmp_path: Path) -> Run:
-    """The command as users start it."""
-
-    def run(*args: object, stdin: bytes = b"") -> Result:
-        done = subprocess.run(
-            [COMMAND, *map(os.fsencode, map(str, args))],
-            input=stdin,
-            capture_output=True,
-            cwd=tmp_path,
-            timeout=300,
-        )
-        return checked(Result(done.returncode, done.stdout, done.stderr.decode()), tmp_path)
-
-    return run
 
 
 @pytest.fixture

@@ -416,11 +416,6 @@ def slow_disk() -> None:
 
 
 @pytest.fixture
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("logs")
-
-
-@pytest.fixture
 def forty(tmp_path: Path) -> Iterator[Path]:
     """Small and large pictures, in "in", and what an undisturbed run makes of them in "whole"."""
     for i in range(40):
@@ -475,7 +470,7 @@ def test_killed_again_and_again(forty: Path, logs: Path) -> None:
 def test_two_runs_at_once(forty: Path, logs: Path) -> None:
     first = start(*COMMAND, "out", cwd=forty, logs=logs, prepare=slow_disk)
     first.until(lambda: len(files(forty / "out")) > 2)
-    first.signal(signal.SIGSTOP)  # so that it does not end too early
+    first.freeze()  # so that it does not end too early
     there = files(forty / "out")
     for option in ("--resume", "--overwrite"):
         second = start(*COMMAND, "out", option, cwd=forty, logs=logs).wait()
