@@ -23,7 +23,8 @@ from cdnctl.checkpoints import load_model, read_header
 from cdnctl.cli import app
 from cdnctl.errors import UsageError
 from cdnctl.training.config import parse
-from cdnctl.training.loop import MODEL, STATE, read_run, read_tensors, train
+from cdnctl.training.loop import MODEL, train
+from cdnctl.training.state import STATE, read_run, read_tensors
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_in_pieces.sh"
 CONFIG = """

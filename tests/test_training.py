@@ -35,6 +35,7 @@ from cdnctl.core.joint import denoise
 from cdnctl.core.losses import score_matching
 from cdnctl.errors import ConfigError, ImageError, SetupError, TrainingError, UsageError
 from cdnctl.training import loop
+from cdnctl.training import state as states
 from cdnctl.training.config import (
     DataConfig,
     LossConfig,
@@ -56,22 +57,16 @@ from cdnctl.training.data import (
 )
 from cdnctl.training.loop import (
     MODEL,
-    SINGLE,
-    STATE,
     Outcome,
-    TrainState,
-    Trial,
-    best_trial,
     learning_rate,
     new_run_folder,
     numerics,
-    probe,
-    read_run,
-    read_tensors,
     shared_path,
     train,
     validate,
 )
+from cdnctl.training.probe import Trial, best_trial, probe
+from cdnctl.training.state import SHARD, SINGLE, STATE, TrainState, read_run, read_tensors
 
 CPU = torch.device("cpu")
 
@@ -964,7 +959,7 @@ LOOKS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking at numbers costs, as on a GPU."""
-    monkeypatch.setattr(loop, "_looks_are_free", lambda device: False)
+    monkeypatch.setattr(states, "_looks_are_free", lambda device: False)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -1048,7 +1043,7 @@ def test_looking_or_not_makes_no_difference(
     for name in ("free", "strict"):
         with monkeypatch.context() as patch:
             patch.setattr(loop, "losses", broken_losses(set(bad), 1e6))
-            patch.setattr(loop, "_looks_are_free", lambda device, name=name: name == "free")
+            patch.setattr(states, "_looks_are_free", lambda device, name=name: name == "free")
             run(tmp_path / name, datasets, sections=sections)
     same_to_the_bit(tmp_path / "free", tmp_path / "strict")
 
@@ -1107,7 +1102,7 @@ def pieces(folder: Path) -> list[Path]:
 def test_a_state_in_many_files(
     whole: Path, datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "SHARD", 1000)
+    monkeypatch.setattr(states, "SHARD", 1000)
     folder = tmp_path / "run"
     assert run(folder, datasets, should_stop=after(3)).step == 3
     files = pieces(folder)
@@ -1123,14 +1118,14 @@ def test_a_state_in_many_files(
 def test_files_stay_below_16_mib(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(3, 10**6), "b": torch.zeros(()), "c": torch.zeros(10**7, 2)}
     tensors |= {f"d{i}": torch.zeros(10**4) for i in range(1000)}
-    shards = loop._shards(tensors)
+    shards = states._shards(tensors)
     names = [name for shard in shards for name in shard]
     assert len(names) == len(set(names)) and {n.partition("#")[0] for n in names} == {*tensors}
     for shard in shards:
         save_file(shard, tmp_path / "shard", metadata={"run": "x" * 10_000})
         assert (tmp_path / "shard").stat().st_size <= 2**24
     total = sum(t.nbytes for t in tensors.values())
-    assert len(shards) <= total / loop.SHARD + 1, "no more than are needed"
+    assert len(shards) <= total / SHARD + 1, "no more than are needed"
     whole: dict[str, list[Tensor]] = {}
     for shard in shards:
         for name, value in shard.items():
@@ -1143,7 +1138,7 @@ def test_files_stay_below_16_mib(tmp_path: Path) -> None:
 def test_a_crash_between_the_files_of_a_state(
     written: int, whole: Path, datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "SHARD", 1000)
+    monkeypatch.setattr(states, "SHARD", 1000)
     folder = tmp_path / "run"
     run(folder, datasets, should_stop=after(3))
     before = pieces(folder)
@@ -1155,7 +1150,7 @@ def test_a_crash_between_the_files_of_a_state(
                 next(left)
             write_atomically(path, data)
 
-        patch.setattr(loop, "write_atomically", write)
+        patch.setattr(states, "write_atomically", write)
         with pytest.raises(StopIteration):
             train(folder, device=CPU, should_stop=after(2))
     assert set(before) <= set(pieces(folder)) and len(pieces(folder)) == len(before) + written
@@ -1168,7 +1163,7 @@ def test_a_crash_between_the_files_of_a_state(
 def test_files_that_do_not_belong_together(
     datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "SHARD", 1000)
+    monkeypatch.setattr(states, "SHARD", 1000)
     for name in ("a", "b"):
         run(tmp_path / name, datasets, should_stop=after(3))
     one, other = pieces(tmp_path / "a")[2], pieces(tmp_path / "b")[2]
@@ -1194,7 +1189,7 @@ def test_a_state_of_an_earlier_version(whole: Path, datasets: list[Path], tmp_pa
     for path in pieces(folder):
         path.unlink()
     save_file(tensors, folder / STATE / SINGLE, metadata={"run": json.dumps(meta)})
-    assert read_run(folder / STATE / SINGLE)["state"]["step"] == 3
+    assert read_run(folder / STATE)["state"]["step"] == 3
     assert train(folder, device=CPU).finished
     same_to_the_bit(folder, whole)
     assert not (folder / STATE / SINGLE).exists()
@@ -1291,7 +1286,7 @@ def test_what_is_loaded_lies_in_memory_like_the_weights(
     assert mixed, "the test is about these"
     for key, parameter in net.named_parameters():
         assert state.ema[key].stride() == parameter.stride()
-        for name, slot in state._state_of(key).items():
+        for name, slot in state._slots(key).items():
             if name == "step":
                 continue
             # Where the weight is one thing, its momentum must be the one of that weight.

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from cdnctl.training.config import TrainConfig
-    from cdnctl.training.loop import Progress, Trial
+    from cdnctl.training.loop import Progress
+    from cdnctl.training.probe import Trial
 
 PROBE_SECONDS = 90.0  # after which a probe begins no further trial, if nothing else is said
 
@@ -83,7 +84,8 @@ def train(
     from cdnctl.api import load as load_model
     from cdnctl.runtime import process_group
     from cdnctl.training.config import load, override
-    from cdnctl.training.loop import STATE, new_run_folder, read_run, shared_path, train
+    from cdnctl.training.loop import MODEL, new_run_folder, shared_path, train
+    from cdnctl.training.state import STATE, read_run
 
     parsed = None if config is None else load(_bundled().get(config, Path(config)))
     if parsed is not None and probe:
@@ -125,7 +127,7 @@ def train(
                     f"continue with: cdnctl train --resume {folder}",
                     markup=False,
                 )
-            print(folder / "last" / "model.safetensors")
+            print(folder / "last" / MODEL)
         if stop.is_set() and not outcome.finished:
             raise typer.Exit(130)
 
@@ -140,7 +142,7 @@ def _probe(
     """Measure, and print a table with the choice as options of this command, or JSON."""
     from dataclasses import asdict
 
-    from cdnctl.training.loop import GRADIENT_TOLERANCE, LOSS_TOLERANCE, best_trial, probe
+    from cdnctl.training.probe import GRADIENT_TOLERANCE, LOSS_TOLERANCE, best_trial, probe
 
     seconds = PROBE_SECONDS if math.isinf(max_seconds) else max_seconds
     each = min(2.0, seconds / 20)
@@ -220,8 +222,8 @@ def _watcher(shown: bool) -> Iterator[Callable[[Progress], None]]:
     def watch(p: Progress) -> None:
         cells = [
             f"{p.step}/{p.steps}",
-            _clock(p.seconds * (p.steps - p.step) / max(p.step, 1)),
-            f"{p.pictures / max(p.seconds, 1e-9):.0f}",
+            _left(p),
+            _rate(p),
             f"{p.loss:.5f}",
             f"{p.score_loss:.5f}",
             f"{p.class_loss:.3f}",
@@ -241,19 +243,24 @@ def _watcher(shown: bool) -> Iterator[Callable[[Progress], None]]:
 
 
 def _line(p: Progress) -> str:
-    left = p.seconds * (p.steps - p.step) / max(p.step, 1)
     return (
-        f"step {p.step}/{p.steps}  left {_clock(left)}  {p.pictures / max(p.seconds, 1e-9):.0f} "
-        f"pictures/s  loss {p.loss:.5f}  score {p.score_loss:.5f}  class {p.class_loss:.3f}  "
-        f"gradient {p.grad_norm:.4f}  {_validation(p)}"
+        f"step {p.step}/{p.steps}  left {_left(p)}  {_rate(p)} pictures/s  loss {p.loss:.5f}  "
+        f"score {p.score_loss:.5f}  class {p.class_loss:.3f}  gradient {p.grad_norm:.4f}  "
+        f"{_validation(p)}"
     ).rstrip()
+
+
+def _rate(p: Progress) -> str:
+    """Pictures per second."""
+    return f"{p.pictures / max(p.seconds, 1e-9):.0f}"
 
 
 def _validation(p: Progress) -> str:
     return "  ".join(f"{k} {v:.3f}" for k, v in p.validation.items())
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
+def _left(p: Progress) -> str:
+    """Time to the end, if it goes on as fast."""
+    minutes, seconds = divmod(round(p.seconds * (p.steps - p.step) / p.step), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
