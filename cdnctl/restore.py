@@ -252,19 +252,24 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the memory of any device has run out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    signs = ("allocate memory", "out of memory", "ALLOC_FAILED")  # CPU; MPS; cuDNN and cuBLAS
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+class OutOfMemory(ImageError):
+    """A picture, or a tile of it, for which memory does not suffice."""
 
 
 @contextmanager
 def memory_errors(field: Field) -> Iterator[None]:
-    """Turn running out of memory, of any device, into an ImageError that says what helps."""
+    """Turn running out of memory, of any device, into an OutOfMemory that says what helps."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         tile = field.tiles[0].read
-        raise ImageError(
+        raise OutOfMemory(
             f"not enough memory for {field.width} x {field.height} pixels in tiles of "
             f"{tile[1].stop - tile[1].start} x {tile[0].stop - tile[0].start}: "
             "give a smaller --tile (or --model photo, if the model needs the whole picture)"
@@ -314,7 +319,7 @@ def restore(
             with memory_errors(field):
                 samples, logits = _blend(image, field, settings)
             break
-        except ImageError:
+        except OutOfMemory:
             rows, columns = field.tiles[0].read
             tile = math.isqrt(rows.stop * columns.stop) // 2
             if settings.tile or model.module.config.whole or tile < 2 * model.module.config.margin:

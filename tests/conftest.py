@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
+
+# Before torch is loaded, as the command does it. Threads that spin while they wait make small
+# networks many times slower on a machine that has other things to do.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import io
 import signal
 import subprocess
 import sys

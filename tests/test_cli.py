@@ -22,6 +22,8 @@ from tiny import CLASSES, files, noisy_picture, picture, save_tiny, write
 
 from cdnctl import checkpoints, images
 from cdnctl.checkpoints import load_model, read_header, save_model
+from cdnctl.cli.common import parse_size
+from cdnctl.errors import UsageError
 from cdnctl.images import Metadata
 from cdnctl.training.loop import STATE, read_run
 
@@ -255,6 +257,50 @@ def test_wrong_values(tmp_path: Path, cdnctl: Run, weights: Path, args: tuple[st
     write(tmp_path / "a.png")
     assert cdnctl("denoise", "a.png", "--model", weights, *args).code == 2
     assert files(tmp_path).keys() == {"a.png"}
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("1", 1), ("500M", 500 * 2**20), ("2G", 2**31), ("2g", 2**31), ("1.5GB", 3 * 2**29),
+        ("2 GiB", 2**31), ("512KiB", 2**19), (" 3T ", 3 * 2**40), ("0.5k", 512), ("7B", 7),
+    ],
+)  # fmt: skip
+def test_amounts_of_memory(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "0M", "-1G", "G", "1X", "1GG", "1e9", "nan", "inf", "1,5G", "2 G B", "9" * 30, "1P"],
+)
+def test_amounts_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--memory is '.*but must be an amount such as 500M"):
+        parse_size(text)
+
+
+def test_memory_reaches_the_network(
+    tmp_path: Path, cdnctl: Run, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.png", np.tile(noisy_picture(240, 300), (3, 2, 1)))
+    command = ("denoise", "a.png", "--model", weights, "--sigma", "25", "-q", "-o")
+    assert cdnctl(*command, "whole.png").code == 0
+    pixels: list[int] = []
+    network = type(load_model(weights)[0])
+    correct = network.correction
+
+    def watched(self: Any, y: Any, *args: Any) -> Any:
+        pixels.append(y[0, 0].numel())
+        return correct(self, y, *args)
+
+    monkeypatch.setattr(network, "correction", watched)
+    assert cdnctl(*command, "parts.png", "--memory", "10M").code == 0
+    assert len(pixels) > 1 and max(pixels) <= 256**2
+    whole, parts = (
+        images.read(tmp_path / n).samples.astype(int) for n in ("whole.png", "parts.png")
+    )
+    assert np.abs(whole - parts).max() <= 1 and (whole != parts).mean() < 1e-3
+    assert cdnctl(*command, "b.png", "--memory", "lots").code == 2
 
 
 def test_unknown_class_names_the_near_ones(tmp_path: Path, cdnctl: Run, weights: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import distance_transform_edt
 from tiny import CLASSES, noisy_picture, picture, tiny
 
+from cdnctl import images
 from cdnctl.api import Model
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image, Metadata
@@ -23,6 +27,12 @@ SIGMA = 0.2
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return tiny(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model of little reach: its tiles may be small."""
+    return tiny(tmp_path_factory.mktemp("narrow"), widths=[8], blocks=[1])
 
 
 def exact(pixels: np.ndarray) -> Image:
@@ -144,6 +154,104 @@ def test_everything_but_the_pixels_is_carried(model: Model) -> None:
     assert (result.samples != samples).any()
 
 
+def turned(samples: np.ndarray, orientation: int) -> bytes:
+    """A TIFF file that says how its samples (H, W, C) are to be turned."""
+    out, channels = io.BytesIO(), samples.shape[2]
+    tifffile.imwrite(
+        out,
+        samples if channels > 1 else samples[:, :, 0],
+        photometric="rgb" if channels > 2 else "minisblack",
+        planarconfig="contig",
+        extrasamples=["unassalpha"] if channels in (2, 4) else None,
+        metadata=None,
+        extratags=[(274, "H", 1, orientation, True)],
+    )
+    return out.getvalue()
+
+
+def upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """As EXIF defines its orientations: where row 0 and column 0 are to be seen."""
+    if orientation in (5, 6, 7, 8):  # row 0 is a side
+        samples = samples.transpose(1, 0, 2)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return samples[::rows, ::columns]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from(["uint8", "uint16", "uint32", "float16", "float32", "float64"]),
+    st.sampled_from([1, 2, 3, 4]),
+    st.integers(1, 21),
+    st.integers(1, 21),
+    st.integers(1, 8),
+    st.sampled_from([".tif", ".png", ".webp", ".bmp"]),
+    st.integers(0, 999),
+)
+def test_strength_zero_gives_every_sample_of_a_file_back(
+    model: Model,
+    dtype: str,
+    channels: int,
+    height: int,
+    width: int,
+    orientation: int,
+    suffix: str,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    if np.dtype(dtype).kind == "f":
+        samples = (3 * rng.standard_normal((height, width, channels))).astype(dtype)
+    else:
+        top = np.iinfo(dtype).max
+        samples = rng.integers(0, top, (height, width, channels), dtype, endpoint=True)
+    if channels in (2, 4):
+        samples[:, :, -1] *= rng.random((height, width)) < 0.7  # what is hidden counts as well
+    image = images.decode(turned(samples, orientation), "a.tif")
+    same = restore(image, model, Settings(SIGMA, strength=0)).image
+    # Into its own format, or another that can hold it.
+    holds = {
+        ".png": dtype in ("uint8", "uint16"),
+        ".webp": dtype == "uint8" and channels > 2,
+        ".bmp": dtype == "uint8" and channels in (1, 3),
+    }
+    suffix = suffix if holds.get(suffix) else ".tif"
+    data = images.encode(same, suffix)
+    again = images.decode(data, f"a{suffix}")
+    assert again.dtype == image.dtype and again.samples.flags.c_contiguous
+    with tifffile.TiffFile(io.BytesIO(images.encode(again, ".tif"))) as file:
+        found = file.asarray().reshape(*again.samples.shape[:2], channels)
+    np.testing.assert_array_equal(found, upright(samples, orientation))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 999), st.sampled_from([2, 4]), st.floats(0.05, 0.95))
+def test_what_is_transparent_draws_no_fringe(
+    model: Model, seed: int, channels: int, share: float
+) -> None:
+    """Black under alpha 0, which is how programs save cut-outs, is not seen by the network."""
+    rng = np.random.default_rng(seed)
+    colours = images.from_unit(noisy_picture(20, 24, channels - 1, seed=seed), np.dtype(np.uint8))
+    hole = rng.random((20, 24)) < share
+    hole[0, 0], hole[0, 1] = True, False
+    alpha = np.where(hole, 0, 255).astype(np.uint8)[:, :, None]
+    rows, columns = distance_transform_edt(hole, return_distances=False, return_indices=True)
+    files = {
+        "cut out": np.where(hole[:, :, None], np.uint8(0), colours),
+        "filled": colours[rows, columns],
+    }
+    results = {}
+    for name, content in files.items():
+        image = images.decode(turned(np.dstack([content, alpha]), 1), "a.tif")
+        done = restore(image, model, Settings(SIGMA)).image
+        with tifffile.TiffFile(io.BytesIO(images.encode(done, ".tif"))) as file:
+            results[name] = file.asarray()
+        np.testing.assert_array_equal(results[name][hole], np.dstack([content, alpha])[hole])
+    np.testing.assert_array_equal(results["cut out"][~hole], results["filled"][~hole])
+    opaque = restore(Image(files["cut out"]), model, Settings(SIGMA)).image.samples
+    seen = results["cut out"][~hole][:, :-1] != opaque[~hole]
+    assert seen.any(), "or black would make no difference"
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 3]))
 def test_any_size(model: Model, height: int, width: int, channels: int) -> None:
@@ -217,14 +325,108 @@ def test_no_sigma_means_the_estimate(model: Model) -> None:
     np.testing.assert_array_equal(result.image.pixels - y, change(model, y, sigma=result.sigma))
 
 
+# -- too little memory ----------------------------------------------------------------------
+
+OUT_OF_MEMORY: list[Exception] = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError(),
+    RuntimeError("MPS backend out of memory (MPS allocated: 5.05 GB, other allocations: 2.13 GB"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+]
+
+
+def shrink(
+    model: Model, monkeypatch: pytest.MonkeyPatch, pixels: int, error: Exception
+) -> list[int]:
+    """Let passes over more than that many pixels fail; the sizes of those that did not."""
+    kind, sizes = type(model.module), []
+
+    def limited(name: str) -> None:
+        method = getattr(kind, name)
+
+        def run(self: object, y: torch.Tensor, *args: object) -> object:
+            if y[:, 0].numel() > pixels:
+                raise error
+            sizes.append(y[:, 0].numel())
+            return method(self, y, *args)
+
+        monkeypatch.setattr(kind, name, run)
+
+    limited("correction")
+    limited("class_features")
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "error, share", list(zip(OUT_OF_MEMORY, (0.9, 0.3, 0.1, 0.9, 0.9), strict=True)), ids=lambda x: str(x)[:5]
+)
+def test_out_of_memory_means_smaller_tiles(
+    narrow: Model, monkeypatch: pytest.MonkeyPatch, error: Exception, share: float
+) -> None:
+    y = noisy_picture(210, 240)
+    settings = Settings(SIGMA, target={"dog": 1.0})
+    whole = restore(exact(y), narrow, settings)
+    sizes = shrink(narrow, monkeypatch, int(share * 210 * 240), error)
+    parts = restore(exact(y), narrow, settings)
+    assert sizes and max(sizes) <= share * 210 * 240
+    np.testing.assert_allclose(parts.image.samples, whole.image.samples, atol=1e-4)
+    assert parts.posterior == pytest.approx(whole.posterior, abs=1e-4)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda e: type(e).__name__)
+def test_a_tile_that_was_asked_for_is_the_tile(
+    narrow: Model, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    y = noisy_picture(210, 240)
+    sizes = shrink(narrow, monkeypatch, 150**2, error)
+    with pytest.raises(ImageError, match=r"240 x 210 pixels in tiles of \d+ x \d+: give a smaller"):
+        restore(exact(y), narrow, Settings(SIGMA, tile=205))
+    assert not sizes, "nothing else is tried"
+    restore(exact(y), narrow, Settings(SIGMA, tile=150))
+    assert max(sizes) <= 150**2
+
+
+def test_too_little_for_any_tile(narrow: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends, and says so."""
+    sizes = shrink(narrow, monkeypatch, 0, OUT_OF_MEMORY[0])
+    with pytest.raises(ImageError, match="not enough memory"):
+        restore(exact(noisy_picture(210, 240)), narrow, Settings(SIGMA))
+    assert not sizes
+
+
+def test_numbers_that_are_not_finite_are_no_lack_of_memory(
+    narrow: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller tiles would not help."""
+    y = noisy_picture(210, 240)
+    y[200, 200] = 3e38
+    sizes = shrink(narrow, monkeypatch, y.size, OUT_OF_MEMORY[0])
+    with pytest.raises(ImageError, match="not finite"):
+        restore(exact(y), narrow, Settings(SIGMA))
+    assert len(sizes) == 1
+
+
+def test_memory_bounds_the_tiles(narrow: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    y = np.tile(noisy_picture(240, 300), (3, 1, 1))
+    whole = restore(exact(y), narrow, Settings(SIGMA))
+    sizes = shrink(narrow, monkeypatch, y.size, OUT_OF_MEMORY[0])
+    need = narrow.module.config.bytes_per_pixel
+    for memory in (512**2 * need, 256**2 * need):
+        sizes.clear()
+        bounded = restore(exact(y), narrow, Settings(SIGMA, memory=memory))
+        assert max(sizes) * need <= memory
+        np.testing.assert_allclose(bounded.image.samples, whole.image.samples, atol=1e-4)
+
+
 @pytest.mark.parametrize("message", ["can't allocate memory: 9 bytes", "something else"])
 def test_out_of_memory_is_an_error_that_says_what_helps(
-    model: Model, monkeypatch: pytest.MonkeyPatch, message: str
+    narrow: Model, monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError(message)
 
-    monkeypatch.setattr(type(model.module), "correction", fail)
+    monkeypatch.setattr(type(narrow.module), "correction", fail)
     expected = ImageError if "memory" in message else RuntimeError
     with pytest.raises(expected, match="--tile" if "memory" in message else message):
-        restore(exact(picture()), model, Settings(SIGMA))
+        restore(exact(picture()), narrow, Settings(SIGMA))
