@@ -1160,6 +1160,27 @@ def test_a_crash_between_the_files_of_a_state(
     assert [r["step"] for r in rows_of(folder)] == [r["step"] for r in rows_of(whole)]
 
 
+def test_files_of_a_state_are_never_written_over(
+    datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where a checkpoint falls on the last step, nor by a run with nothing left to do: a
+    crash between two files would leave no whole state."""
+    written: list[str] = []
+
+    def write(path: Path, data: bytes) -> None:
+        assert not path.exists()
+        written.append(path.name)
+        write_atomically(path, data)
+
+    monkeypatch.setattr(states, "write_atomically", write)
+    sections = {"optim": {"steps": 6}, "run": {"checkpoint_every": 3}}
+    assert run(tmp_path / "run", datasets, sections=sections).finished
+    exported = tmp_path / "run" / "last" / MODEL
+    exported.unlink()
+    assert train(tmp_path / "run", device=CPU).finished and exported.exists()
+    assert [name[:15] for name in written] == ["state-000000003", "state-000000006"]
+
+
 def test_files_that_do_not_belong_together(
     datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1426,6 +1447,21 @@ def test_results(whole: Path, datasets: list[Path], tmp_path: Path) -> None:
         pair = progress[2 * k : 2 * k + 2]
         assert float(row["loss"]) == pytest.approx(sum(p.loss for p in pair) / 2, rel=1e-5)
         assert float(row["grad_norm"]) == pytest.approx(pair[1].grad_norm)
+
+
+@pytest.mark.parametrize("kept", [0, 7, -3])
+def test_results_that_broke_off(
+    kept: int, whole: Path, datasets: list[Path], tmp_path: Path
+) -> None:
+    """A crash before the first row, or in the middle of it: what was lost of it stays lost."""
+    folder = tmp_path / "run"
+    run(folder, datasets, should_stop=after(3))
+    path = folder / "results.csv"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert train(folder, device=CPU).finished
+    assert [r["step"] for r in rows_of(folder)] == ["4", "6", "8", "10"]
+    assert list(rows_of(folder)[0]) == list(rows_of(whole)[0])
+    assert b"\r" not in path.read_bytes(), "lines written before and after end alike"
 
 
 @pytest.mark.parametrize("arch,psnr,accuracy", [("unet", True, False), ("classifier", False, True)])

@@ -111,17 +111,19 @@ def numerics(precision: str, device: torch.device) -> Iterator[torch.dtype | Non
     float32 and to find fast convolutions is set for the time being."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
+    if device.type != "cuda":
+        yield dtype
+        return
     cudnn, rounded = torch.backends.cudnn, precision == "tf32"
     before = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
     try:
-        if device.type == "cuda":
-            cudnn.benchmark, cudnn.allow_tf32 = True, rounded
-            torch.set_float32_matmul_precision("high" if rounded else "highest")
-        yield torch.bfloat16 if precision == "bfloat16" else None
+        cudnn.benchmark, cudnn.allow_tf32 = True, rounded
+        torch.set_float32_matmul_precision("high" if rounded else "highest")
+        yield dtype
     finally:
-        if device.type == "cuda":
-            cudnn.benchmark, cudnn.allow_tf32 = before[:2]
-            torch.set_float32_matmul_precision(before[2])
+        cudnn.benchmark, cudnn.allow_tf32, matmul = before
+        torch.set_float32_matmul_precision(matmul)
 
 
 def make_objective(compiled: bool) -> Objective:
@@ -242,6 +244,7 @@ def train(
             _forget(folder / "results.csv", state.step)
     batches = Batches(pictures, config.data, config.noise, config.loss, config.run.seed)
     objective = make_objective(config.run.compile)
+    saved = None if before is None else state.step
 
     def export(name: str) -> None:
         training = {
@@ -253,9 +256,12 @@ def train(
         save_model(folder / name / MODEL, state.ema, replace(header, training=training))
 
     def checkpoint() -> None:
+        nonlocal saved
         state.look(folder, config.optim)
         if rank == 0:
-            state.save(place, extra)
+            if state.step != saved:  # its files would be written over, one after the other
+                state.save(place, extra)
+                saved = state.step
             export("last")
 
     if rank == 0:
@@ -318,7 +324,10 @@ def _check_settings(folder: Path, settings: Sequence[str]) -> None:
 def _check_pictures(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """UsageError if a run would go on with other pictures than it began with."""
     if now["classes"] != before["classes"]:
-        raise UsageError(f"the datasets of {str(folder)!r} have changed: classes {now['classes']}")
+        raise UsageError(
+            f"{now['datasets']} are not the datasets that {str(folder)!r} began with: classes "
+            f"{now['classes']}, but there were {before['classes']}. Give the same pictures"
+        )
     known = before.get("fingerprint")  # runs of an earlier version have none
     if known is not None and known != now["fingerprint"]:
         was, found = (
@@ -455,8 +464,9 @@ def shared_path(make: Callable[[], Path]) -> Path:
 def _forget(path: Path, step: int) -> None:
     """Drop the rows of results.csv beyond a step: a run that broke off will write them again."""
     if path.exists():
-        head, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) <= step]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        head, *rows = [line for line in lines if line.endswith("\n")] or [""]
+        kept = [r for r in rows if int(r.split(",")[0]) <= step]
         write_atomically(path, "".join([head, *kept]).encode())
 
 
@@ -467,9 +477,8 @@ def _append(path: Path, progress: Progress, config: TrainConfig) -> None:
     for level in config.run.validate_sigmas:
         names += [f"psnr_{level:g}", f"accuracy_{level:g}"]
     row |= {f"val_{n}": progress.validation.get(n, "") for n in names}
-    new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
