@@ -38,6 +38,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -517,8 +518,7 @@ def _png16(picture: PIL.Image.Image, data: bytes) -> np.ndarray:
 
 def _decode_tiff(data: bytes) -> Image:
     """Decode a TIFF file of one page."""
-    tags = PIL.Image.Exif()
-    tags.load_from_fp(io.BytesIO(data))
+    tags = _tiff_tags(data)
     notes: list[str] = []
     orientation = tags.get(_ORIENTATION, 1)
     orientation = orientation if orientation in range(1, 9) else 1
@@ -540,6 +540,24 @@ def _decode_tiff(data: bytes) -> Image:
             samples = np.asarray(_cmyk_to_rgb(cmyk, metadata.icc))
             metadata = replace(metadata, icc=None)
     return _build(samples, orientation=orientation, metadata=metadata, notes=notes)
+
+
+def _tiff_tags(data: bytes) -> PIL.Image.Exif:
+    """Return the tags of the first page."""
+    tags, start = PIL.Image.Exif(), None
+    if data[:4] == b"MM\0+":  # big-endian BigTIFF, which Pillow does not know
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            for tag in file.pages.first.tags:
+                if tag.code in (282, 283):  # resolutions are fractions
+                    tags[tag.code] = Fraction(*tag.value)
+                elif tag.code not in (_EXIF_IFD, _GPS_IFD):
+                    tags[tag.code] = tag.value
+        return tags
+    if data[:4] == b"II+\0":  # BigTIFF, which Pillow does not find out by itself
+        tags.bigtiff, tags.endian = True, "<"
+        (start,) = struct.unpack("<Q", data[8:16])
+    tags.load_from_fp(io.BytesIO(data), start)
+    return tags
 
 
 def _tiff_frames(file: tifffile.TiffFile) -> int:

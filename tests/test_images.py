@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import os
 import struct
@@ -194,6 +195,31 @@ def test_tiff_resolution_in_centimetres():
     image = read_bytes(out.getvalue())
     assert image.metadata.dpi == pytest.approx((254, 127))
     assert read_bytes(images.encode(image, ".tif")).metadata == image.metadata
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_bigtiff_is_tiff(byteorder):
+    """Its tags as well: they are stored in another way."""
+    samples, tags = noise(5, 7, 3, "uint16"), [(274, "H", 1, 6, True), (271, "s", 0, "Maker", True)]
+    found = []
+    for big in (False, True):
+        out = io.BytesIO()
+        tifffile.imwrite(
+            out,
+            samples,
+            photometric="rgb",
+            bigtiff=big,
+            byteorder=byteorder,
+            resolution=(300, 150),
+            resolutionunit=2,
+            iccprofile=ICC,
+            extratags=tags,
+            metadata=None,
+        )
+        found.append(read_bytes(out.getvalue()))
+    assert_same(*found)
+    assert found[0].metadata == found[1].metadata and found[1].metadata.dpi == (300, 150)
+    assert found[1].pixels.shape == (7, 5, 3) and b"Maker" in found[1].metadata.exif
 
 
 def test_png_text_date_and_gamma_survive():
@@ -638,6 +664,10 @@ def test_large_exif_is_left_out_of_jpeg_with_a_note():
 
 KINDS = ["png", "png16", "tiff", "tiff-lzw", "jpeg", "webp", "webp-lossy"]
 KINDS += ["bmp", "gif", "ppm", "avif", "qoi"]
+# Of the same formats what else there is of codings, layouts and colours; and what needs extras.
+MORE_KINDS = ["png-palette", "png-bits", "png-adam7", "pgm16", "pbm", "tga", "jpeg-cmyk"]
+MORE_KINDS += ["jpeg-progressive", "webp-gray", "gif-key", "bmp-palette", "tiff-zstd", "tiff-jpeg"]
+MORE_KINDS += ["tiff-tiles", "tiff-float", "tiff-planar", "tiff-fax", "tiff-big", "heic"]
 
 
 @cache
@@ -663,8 +693,58 @@ def specimens() -> dict[str, bytes]:
     }
 
 
+@cache
+def more_specimens() -> dict[str, bytes]:
+    """Return one small file of each further kind."""
+    rgb, gray = noise(24, 17, 3, "uint8"), noise(24, 17, 1, "uint8")
+    deep, floats = noise(24, 17, 3, "uint16"), noise(24, 17, 3, "float32")
+
+    def saved(picture: PIL.Image.Image, kind: str, **options: Any) -> bytes:
+        out = io.BytesIO()
+        picture.save(out, kind, **options)
+        return out.getvalue()
+
+    def tiff(samples: np.ndarray, **options: Any) -> bytes:
+        out = io.BytesIO()
+        big = options.pop("bigtiff", False)
+        tifffile.imwrite(out, samples, photometric="rgb", bigtiff=big, metadata=None, **options)
+        return out.getvalue()
+
+    colours = PIL.Image.fromarray(rgb)
+    palette, bits = colours.quantize(16), PIL.Image.fromarray(gray[:, :, 0] > 127)
+    files = {
+        "png-palette": saved(palette, "PNG", transparency=bytes(range(16))),
+        "png-bits": saved(bits, "PNG"),
+        "png-adam7": adam7(rgb),
+        "pgm16": b"P5 17 24 65535\n" + deep[:, :, 0].astype(">u2").tobytes(),
+        "pbm": saved(bits, "PPM"),
+        "tga": saved(PIL.Image.fromarray(noise(24, 17, 4, "uint8")), "TGA", compression="tga_rle"),
+        "jpeg-cmyk": saved(colours.convert("CMYK"), "JPEG", icc_profile=ICC),
+        "jpeg-progressive": saved(colours, "JPEG", progressive=True, exif=exif_block(3)),
+        "webp-gray": pillow_bytes(gray, "WEBP", lossless=True),
+        "gif-key": saved(palette, "GIF", transparency=3, interlace=True),
+        "bmp-palette": saved(palette, "BMP"),
+        "tiff-zstd": tiff(deep, compression="zstd", predictor=True),
+        "tiff-jpeg": tiff(np.tile(rgb, (2, 2, 1)), compression="jpeg"),
+        "tiff-tiles": tiff(deep, tile=(16, 16), compression="packbits"),
+        "tiff-float": tiff(floats, compression="zlib", predictor=True, byteorder=">"),
+        "tiff-planar": tiff(np.moveaxis(deep, -1, 0), planarconfig="separate"),
+        "tiff-fax": saved(bits, "TIFF", compression="group4"),
+        "tiff-big": tiff(deep, bigtiff=True),
+    }
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        files["heic"] = saved(colours.resize((16, 16)), "HEIF", exif=exif_block(8))
+    return files
+
+
 def mutations(data: bytes, count: int, seed: int) -> list[bytes]:
-    """Return damaged copies: some bytes changed, half of them in the first 200; a few cut."""
+    """Return damaged copies: some bytes changed, half of them in the first 200; a few cut.
+
+    Of a third, a part is repeated, left out, moved, or made a number that has a meaning.
+    """
     rng = np.random.default_rng(seed)
     copies = []
     for _ in range(count):
@@ -672,6 +752,14 @@ def mutations(data: bytes, count: int, seed: int) -> list[bytes]:
         for _ in range(rng.integers(1, 5)):
             end = min(200, len(copy)) if rng.random() < 0.5 else len(copy)
             copy[rng.integers(0, end)] = rng.integers(0, 256)
+        if rng.random() < 1 / 3:
+            at, length = rng.integers(0, len(copy)), rng.choice([1, 2, 4, 8, 12, 100])
+            to = min(200, len(copy)) if rng.random() < 0.5 else len(copy)
+            place = rng.integers(0, to)
+            numbers = [bytes(length), b"\xff" * length, b"\x7f" + b"\xff" * (length - 1)]
+            numbers += [number[::-1] for number in (numbers[2], b"\0" * (length - 1) + b"\1")]
+            part = bytes(copy[at : at + length])
+            copy[place : place + rng.choice([0, length])] = [b"", part, *numbers][rng.integers(7)]
         if rng.random() < 0.2:
             del copy[rng.integers(1, len(copy)) :]
         if copy[:8] == b"\x89PNG\r\n\x1a\n" and rng.random() < 0.7:
@@ -690,18 +778,21 @@ def mended_png(data: bytes) -> bytearray:
     return out
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + MORE_KINDS)
 def test_damaged_files_give_an_image_or_an_image_error(kind, capfd):
-    data = specimens()[kind]
+    files = specimens() | more_specimens()
+    if kind not in files:
+        pytest.skip("needs pillow-heif")
+    data, name = files[kind], f"a.{kind.split('-')[0]}"  # TGA is known by its suffix only
     outcomes = {True: 0, False: 0}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_bytes(data)
-        for copy in mutations(data, 200, seed=len(kind)):
+        images.decode(data, name)
+        for copy in mutations(data, 400, seed=len(kind)):
             try:
-                image = read_bytes(copy)
+                image = images.decode(copy, name)
             except ImageError as error:
-                assert "standard input" in str(error)
+                assert name in str(error)
                 outcomes[False] += 1
             else:
                 assert image.pixels.dtype == np.float32 and np.isfinite(image.pixels).all()

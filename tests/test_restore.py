@@ -359,7 +359,9 @@ def shrink(
 
 
 @pytest.mark.parametrize(
-    "error, share", list(zip(OUT_OF_MEMORY, (0.9, 0.3, 0.1, 0.9, 0.9), strict=True)), ids=lambda x: str(x)[:5]
+    "error, share",
+    list(zip(OUT_OF_MEMORY, (0.9, 0.3, 0.1, 0.9, 0.9), strict=True)),
+    ids=lambda x: str(x)[:5],
 )
 def test_out_of_memory_means_smaller_tiles(
     narrow: Model, monkeypatch: pytest.MonkeyPatch, error: Exception, share: float
