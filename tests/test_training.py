@@ -252,6 +252,21 @@ def test_val_beside_train(tmp_path: Path) -> None:
     assert found(tmp_path, "val") == [("val/cat/2.png", "cat")]
 
 
+@pytest.mark.parametrize(
+    "names", [["val/cat/1.png"], ["val/1.png"], ["val/cat/1.png", "cat/2.png"]]
+)
+def test_val_without_train(tmp_path: Path, names: list[str]) -> None:
+    """Neither is it trained on, nor is it taken for a class of that name."""
+    for name in names:
+        picture(tmp_path / "data" / name)
+    for root in (tmp_path / "data", pack(tmp_path / "data.zip", tmp_path / "data")):
+        with pytest.raises(UsageError, match=r"no training pictures.*cdnctl evaluate") as caught:
+            load_datasets([root], DataConfig(), CPU)
+        assert repr(str(root)) in str(caught.value)
+        assert ("unpacked" in str(caught.value)) is (root.suffix == ".zip")
+        assert len(find_pictures(root, "val")) == 1
+
+
 def test_folders_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="absent"):
         find_pictures(tmp_path / "absent")

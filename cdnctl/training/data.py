@@ -51,12 +51,25 @@ def find_pictures(root: Path, split: str = "train") -> list[Source]:
     gives an empty list.
 
     A zip file and the folder that it was made from give the same pictures in the same order.
-    UsageError if there is no such folder or file, no picture in it, or no telling what is meant.
+    UsageError if there is no such folder or file, no picture in it, val without train, or no
+    telling what is meant.
     """
     if root.is_dir():
-        if not (root / split).is_dir() and split != "train":
+        folders = {name for name in (split, "val") if (root / name).is_dir()}
+    else:
+        names = _names_in_zip(root)
+        folders = {n.parts[0] for n in names if len(n.parts) > 1}
+    if split not in folders:
+        if split != "train":
             return []
-        base = root / split if (root / split).is_dir() else root
+        if "val" in folders:
+            raise UsageError(
+                f"no training pictures in {str(root)!r}: it has val/, but no train/ for them. "
+                "To measure a model, 'cdnctl evaluate' takes such a folder"
+                + ("" if root.is_dir() else ", unpacked")
+            )
+    base = root / split if split in folders else root
+    if root.is_dir():
         plain = [Source(p, None) for p in sorted(base.iterdir()) if p.is_file()]
         classes = [
             Source(p, folder.name)
@@ -65,14 +78,12 @@ def find_pictures(root: Path, split: str = "train") -> list[Source]:
             if p.is_file()
         ]
     else:
-        names = _names_in_zip(root)
-        inside = [n for n in names if n.parts[0] == split and len(n.parts) > 1]
-        if not inside and split != "train":
-            return []
-        base, depth = (root / split, 1) if inside else (root, 0)
+        if split in folders:
+            names = [n for n in names if n.parts[0] == split and len(n.parts) > 1]
+        depth = 1 if split in folders else 0
         sources = [
             Source(Path(n), n.parts[depth] if len(n.parts) > depth + 1 else None, root)
-            for n in inside or names
+            for n in names
         ]
         plain = [s for s in sources if s.label is None]
         classes = [s for s in sources if s.label is not None]
