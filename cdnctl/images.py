@@ -248,14 +248,20 @@ def decode(data: bytes, name: str) -> Image:
         with quiet:
             return _decode(data, Path(name).suffix.lower())
     except ImageError as error:
-        raise ImageError(f"cannot read {name!r}: {error}") from None
+        reason = _brief(error)
     except PIL.UnidentifiedImageError:
         reason = "not a picture in a format known here; convert it to PNG or TIFF first"
     except MemoryError:
         reason = "there is not enough memory for it"
     except Exception as error:  # decoders fail in every way there is; none may get out
-        reason = f"the file is damaged or cut short ({error or type(error).__name__})"
+        reason = f"the file is damaged or cut short ({_brief(error)})"
     raise ImageError(f"cannot read {name!r}: {reason}")
+
+
+def _brief(error: Exception) -> str:
+    """Return what an error says on one line of bearable length; decoders quote what they like."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _decode(data: bytes, suffix: str) -> Image:
@@ -825,7 +831,7 @@ def encode(image: Image, suffix: str) -> bytes:
         raise
     except Exception as error:  # sizes that a format cannot hold, and the like
         raise ImageError(
-            f"{suffix} cannot hold this picture ({error or type(error).__name__}); choose .tif"
+            f"{suffix} cannot hold this picture ({_brief(error)}); choose .tif"
         ) from error
 
 
