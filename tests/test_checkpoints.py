@@ -296,6 +296,72 @@ def test_mutated_header_bytes(good: Path) -> None:
     assert all(outcomes.values()), outcomes
 
 
+ODD = [None, True, 0, -1, 1, 7, 2**31, 2**63, 2**70, 1e308, -0.5]
+ODD += ["", "F64", "../x", "\0", "é", [], {}]
+
+
+def odd_json(value: Any, rng: random.Random) -> Any:
+    """The same with one part, at any depth, made something else, left out or doubled."""
+    if not (isinstance(value, dict | list) and value and rng.random() < 0.85):
+        return rng.choice([*ODD, [value], {"x": value}, [value] * 3])
+    copy: Any = value.copy()
+    key = rng.choice(list(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
+    kind = rng.random()
+    if kind < 0.1:
+        del copy[key]
+    elif kind >= 0.2:
+        copy[key] = odd_json(copy[key], rng)
+    elif isinstance(copy, dict):
+        copy[rng.choice(["a", "", "__metadata__"])] = copy[key]
+    else:
+        copy.append(copy[key])
+    return copy
+
+
+@pytest.mark.slow
+def test_any_damage_to_a_file(good: Path) -> None:
+    """Thousands of files with whatever in their sizes, headers and numbers: an error of ours on
+    one line, or a sound model."""
+    data = good.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    own = json.loads(header["__metadata__"]["cdnctl"])
+    rng = random.Random(1)
+
+    def packed(value: Any) -> bytes:
+        text = json.dumps(value).encode()
+        return struct.pack("<Q", len(text)) + text + body
+
+    def damaged() -> bytes:
+        kind = rng.randrange(6)
+        if kind == 0:
+            return packed(odd_json(header, rng))
+        if kind in (1, 2):
+            text = json.dumps(odd_json(own, rng))
+            return packed(header | {"__metadata__": {"cdnctl": text}})
+        if kind == 3:  # the numbers: infinities, NaN and what is just another number
+            copy = bytearray(data)
+            for _ in range(rng.randint(1, 20)):
+                copy[rng.randrange(8 + size, len(copy))] = rng.choice([0, 127, 128, 255, 7])
+            return bytes(copy)
+        if kind == 4:  # where the header ends
+            length = rng.choice([0, 1, size - 1, size + 1, len(data), 2**32, 2**63, 2**64 - 1])
+            return struct.pack("<Q", length) + data[8:]
+        start, end = sorted(rng.randrange(len(data)) for _ in range(2))
+        return rng.choice([data[:start], data[:start] + data[end:], data[start:], data + data])
+
+    count, outcomes = 2000, {True: 0, False: 0}
+    for _ in range(count):
+        good.write_bytes(damaged())
+        try:
+            check_sound(*load_model(good))
+            outcomes[True] += 1
+        except WeightsError as error:
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000
+            outcomes[False] += 1
+    assert sum(outcomes.values()) == count and min(outcomes.values()) > 100, outcomes
+
+
 def check_sound(module: Any, header: Header) -> None:
     """What a file that loads promises to its users."""
     assert all(isinstance(v, str) for v in (header.name, header.arch, header.data, header.licence))
