@@ -118,6 +118,7 @@ def test_parts_are_those_of_processes_and_no_other_files(tmp_path: Path) -> None
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
+    second = Manifest(tmp_path)
     with Manifest(tmp_path) as first:
         first.add({"output": "a.png"})
         with pytest.raises(UsageError, match="another run"), Manifest(tmp_path):
@@ -125,7 +126,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         first.add({"output": "b.png"})
         with Manifest(tmp_path, 1, 2):  # another process of the same run
             pass
-    with Manifest(tmp_path) as second:
+    with second:
         for name in ("a.png", "b.png"):
             assert second.records(tmp_path / name), "what was written until it was locked"
 
