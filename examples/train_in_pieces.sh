@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
-# Train on a machine that is lent for minutes at a time and forgets everything.
+# Train on machines that are lent for minutes at a time and forget everything, such as those of
+# notebook services. (Where the disk stays, 'cdnctl train --max-seconds' and '--resume' will do.)
 #
 #   examples/train_in_pieces.sh CONFIG PLACE SECONDS DEVICE DATA... [-- HELD_OUT...]
 #
-# The first call measures how training is fastest here, and begins a run in PLACE/1. After about
-# SECONDS it stops, and every file in PLACE is small enough to be carried away. Bring them all to
-# PLACE on the next machine, call again, and the run goes on. Once it is through, the model is
-# in PLACE/model.safetensors, with its scores on the HELD_OUT folders.
+# Call it, carry the folder PLACE away before the machine is gone, bring it to the next one, and
+# make the same call there, until it says 'through'. Then PLACE/model.safetensors is the model,
+# with its scores on the HELD_OUT folders. The first call also measures how training is fastest.
 #
 #   CONFIG    TOML file, or the name of a bundled config
-#   SECONDS   for probe and training together; saving, exporting and scoring come on top
+#   SECONDS   for measuring and training; leave a minute or two for saving and scoring
 #   DEVICE    cuda, cpu, ...
 #   DATA      class folders or flat folders of pictures, or zip files of them
 #   HELD_OUT  folders of pictures that are not in DATA
 #
-# In the environment: PYTHON (python3); SETTINGS, keys of the config to set anew, such as
-# "optim.steps=8000 run.log_every=50"; PROBE, seconds after which the probe begins no further
-# trial (90); EVALUATE, options for 'cdnctl evaluate', such as "--limit 500"; PIECE, the largest
-# size of a file in bytes (16 MiB).
+# In the environment, where needed:
+#   PYTHON    the Python that has cdnctl, if it is not python3
+#   SETTINGS  of the first call, to train otherwise than CONFIG says: "optim.steps=8000 run.seed=1"
+#   PROBE     seconds after which measuring begins nothing more (90): fewer where SECONDS are few
+#   PIECE     bytes of a file that can be carried, if they are not 16 MiB
+#   EVALUATE  options of 'cdnctl evaluate', if scoring takes too long: "--limit 500"
 set -euo pipefail
 
 die() {
@@ -36,15 +38,24 @@ done
 held_out=("${@:2}")
 python=${PYTHON:-python3}
 piece=${PIECE:-16777216}
-run=$place/1
 read -ra evaluate <<<"${EVALUATE:-}"
 read -ra settings <<<"${SETTINGS:-}"
+run=$place/1
+trained=$run/last/model.safetensors
+
+cdnctl() {
+    "$python" -m cdnctl "$@"
+}
+
+time_left() { # bash counts SECONDS from the start of the script
+    echo $((limit > SECONDS ? limit - SECONDS : 0))
+}
 
 "$python" -c 'import cdnctl.images, safetensors' ||
     die "$python cannot import all that cdnctl needs: set PYTHON, or PYTHONPATH"
 mkdir -p "$place"
 
-# What was carried here: whole, and in one piece again.
+# Is all there that was carried here? Then put files together again.
 if [ -f "$place/SHA256SUMS" ]; then
     (cd "$place" && sha256sum --check --quiet SHA256SUMS) ||
         die "files in $place are missing or damaged: bring all of them again"
@@ -56,59 +67,45 @@ if [ -f "$place/SHA256SUMS" ]; then
     done < <(find "$place" -name '*.part-000' -print0)
 fi
 
-time_left() {
-    echo $((limit > SECONDS ? limit - SECONDS : 0))
-}
-
 if compgen -G "$run/last/state*.safetensors" >/dev/null; then
-    "$python" -m cdnctl train "${data[@]}" --resume "$run" --device "$device" \
-        --max-seconds "$(time_left)"
+    cdnctl train "${data[@]}" --resume "$run" --device "$device" --max-seconds "$(time_left)"
 else
-    if [ -d "$run" ]; then # left by a call that was ended before it saved its state
+    if [ -d "$run" ]; then # of a call that was ended before it saved its state
         rm -rf "$run"/{config.json,results.csv,best,last}
         rmdir "$run"
     fi
     chosen=(--config "$config" --device "$device" "${settings[@]/#/--set=}")
-    "$python" -m cdnctl train "${data[@]}" "${chosen[@]}" --probe --json \
-        --max-seconds "${PROBE:-90}" >"$place/probe.json"
-    cat "$place/probe.json" >&2
+    cdnctl train "${data[@]}" "${chosen[@]}" --probe --json --max-seconds "${PROBE:-90}" |
+        tee "$place/probe.json" >&2
     mapfile -t fastest < <("$python" -c 'if True:
         import json, sys
         for key, value in json.load(sys.stdin)["choice"].items():
             print(f"--set={key}={json.dumps(value)}")' <"$place/probe.json")
-    "$python" -m cdnctl train "${data[@]}" "${chosen[@]}" "${fastest[@]}" --runs "$place" \
+    cdnctl train "${data[@]}" "${chosen[@]}" "${fastest[@]}" --runs "$place" \
         --max-seconds "$(time_left)"
 fi
 
 through=$("$python" -c 'if True:
-    import csv, json, sys
-    with open(sys.argv[1] + "/config.json") as file:
-        steps = json.load(file)["config"]["optim"]["steps"]
-    try:
-        with open(sys.argv[1] + "/results.csv") as file:
-            done = max(int(row["step"]) for row in csv.DictReader(file))
-    except FileNotFoundError:  # stopped before the first report
-        done = 0
-    print("yes" if done >= steps else "no")' "$run")
+    import json, safetensors, sys
+    header = json.loads(safetensors.safe_open(sys.argv[1], "numpy").metadata()["cdnctl"])
+    done = header["training"]
+    print("yes" if done["steps"] >= done["config"]["optim"]["steps"] else "no")' "$trained")
 
 if [ "$through" = yes ]; then
     model=$place/model.safetensors
-    "$python" -m cdnctl models export "$run/last/model.safetensors" "$model" --half
-    scores=()
+    cdnctl models export "$trained" "$model" --half
     for folder in "${held_out[@]}"; do
         name=$(basename "$folder")
-        "$python" -m cdnctl evaluate "$folder" --model "$model" --device "$device" --json \
-            "${evaluate[@]}" >"$place/scores-$name.json"
-        scores+=("--scores=$name=$place/scores-$name.json")
+        scores=$place/scores-$name.json
+        cdnctl evaluate "$folder" --model "$model" --device "$device" --json "${evaluate[@]}" \
+            >"$scores"
+        cdnctl models export "$model" "$model" --half --scores "$name=$scores"
     done
-    [ ${#scores[@]} -eq 0 ] || # once more, with the scores in it
-        "$python" -m cdnctl models export "$run/last/model.safetensors" "$model" --half \
-            "${scores[@]}"
 else
-    rm -f "$run/last/model.safetensors" # the same weights are in the state beside it
+    rm "$trained" # the same weights are in the state beside it
 fi
 
-# Ready to be carried away.
+# Cut what is too large to be carried, and note what has to arrive.
 while IFS= read -r -d '' file; do
     split --bytes="$piece" --numeric-suffixes --suffix-length=3 "$file" "$file.part-"
     rm "$file"
