@@ -23,7 +23,7 @@ from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
 from cdnctl.manifest import Manifest, Origin, changed, digest
 from cdnctl.restore import Restored, Settings, batch_size, estimate_sigma, restore, restore_batch
-from cdnctl.selection import Models
+from cdnctl.selection import AUTO, Models
 
 HELD_PIXELS = 32_000_000  # decoded pictures that wait for the network or the disk
 LARGE_PIXELS = HELD_PIXELS // 8  # of such pictures, only one is read ahead
@@ -395,10 +395,9 @@ class Batch:
     @cached_property
     def parameters(self) -> dict[str, Any]:
         """What the outputs depend on besides the pictures and the weights, as JSON has it."""
-        values = asdict(self.settings) | {
-            "model": self.models.name,
-            "strip_metadata": self.strip_metadata,
-        }
+        # Of a weights file its model's name: where it lies changes nothing.
+        name = self.models.name if self.models.name == AUTO else self.models.pick(1, 1).name
+        values = asdict(self.settings) | {"model": name, "strip_metadata": self.strip_metadata}
         del values["memory"]
         if self.settings.sigma is not None:
             values["sigma"] = round(images.PEAK * self.settings.sigma, 6)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from tiny import files, noisy_picture, save_tiny, write
 
 from cdnctl import images
-from cdnctl.batch import Batch, Job, default_output, expand, find_pictures, plan
+from cdnctl.batch import AHEAD, Batch, Job, default_output, expand, find_pictures, plan
 from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Image, Metadata
 from cdnctl.restore import Settings, batch_size, estimate_sigma, restore
@@ -427,6 +429,45 @@ def test_names_too_long_for_an_output(tmp_path: Path) -> None:
         jobs = plan([tmp_path], tmp_path / "out", False)
         errors = sorted(str(d.error) for d in batch(tmp_path).run(jobs))
         assert errors[0] == "None" and "too long" in errors[1]
+
+
+def test_memory_does_not_grow_with_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read and not yet written is bounded, however slow the disk is."""
+    height, width, count = 200, 180, 40  # one at a time for the network
+    first = write(tmp_path / "in" / "0.png", noisy_picture(height, width))
+    for i in range(1, count):
+        shutil.copy(first, first.with_name(f"{i}.png"))
+    (tmp_path / "in" / "2.png").write_text("text")
+    held, peak, lock = 0, 0, threading.Lock()
+    decode, save = images.decode, images.save
+
+    def counted(data: bytes, name: str) -> Image:
+        nonlocal held, peak
+        image = decode(data, name)
+        with lock:
+            held += 1
+            peak = max(peak, held)
+        return image
+
+    def slow(data: bytes, path: Path, temporary: str | None = None) -> None:
+        nonlocal held
+        time.sleep(0.02)
+        save(data, path, temporary)
+        with lock:
+            held -= 1
+
+    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(images, "save", slow)
+    jobs = plan([tmp_path / "in"], tmp_path / "out", False)
+    for large in (True, False):
+        monkeypatch.setattr("cdnctl.batch.HELD_PIXELS", 5 * height * width)
+        limit = height * width - 1 if large else height * width
+        monkeypatch.setattr("cdnctl.batch.LARGE_PIXELS", limit)
+        peak = 0
+        assert sum(d.error is None for d in batch(tmp_path).run(jobs)) == count - 1
+        assert held == 0 and 3 <= peak <= 5 + (2 if large else 1 + AHEAD)
 
 
 # -- the same bytes, however ----------------------------------------------------------------

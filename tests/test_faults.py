@@ -159,6 +159,15 @@ def test_events(place: Path, cdnctl: Run) -> None:
         assert last["restored"] == 0
 
 
+def test_json_is_the_same_on_every_terminal(place: Path, cdnctl: Run) -> None:
+    """ASCII alone, whatever the names: the encoding of standard output is anybody's guess."""
+    name = os.fsdecode("é 日本 \U0001f600 ".encode() + b"\xff.png")
+    shutil.copy(place / "in" / "01.png", place / name)
+    for command in (("denoise", "--dry-run"), ("denoise",), ("classify",)):
+        done = cdnctl(*command, name, "--json", *OPTIONS)
+        assert done.code == 0 and done.out.isascii() and done.records[0]["input"] == name
+
+
 def test_a_folder_of_one_picture_is_a_folder(place: Path, cdnctl: Run) -> None:
     write(place / "one" / "a.png")
     done = cdnctl("denoise", "one", "-o", "out", "--json", *OPTIONS)

@@ -321,6 +321,15 @@ def test_other_weights_of_the_same_name_are_redone(place: Path) -> None:
     assert not set(files(place / "out").values()) & set(before.values())
 
 
+def test_folders_may_be_moved(place: Path) -> None:
+    go_on(place)
+    for name in ("in", "out"):
+        (place / "elsewhere").mkdir(exist_ok=True)
+        (place / name).rename(place / "elsewhere" / name)
+    shutil.copy(place / "m.safetensors", place / "elsewhere")
+    assert redone(go_on(place / "elsewhere")) == set()
+
+
 def test_stripped_metadata_is_another_output(place: Path) -> None:
     go_on(place)
     assert len(redone(go_on(place, strip_metadata=True))) == 4

@@ -76,7 +76,7 @@ def classify(
                     "sigma": round(found.sigma * PEAK, 3),
                     "classes": {k: round(v, 6) for k, v in best.items()},
                 }
-                print(json.dumps(record, ensure_ascii=False), flush=True)
+                print(json.dumps(record), flush=True)
             else:
                 listed = "  ".join(f"{name} {p:.1%}" for name, p in best.items())
                 print(f"{shown(path)}: {listed}", flush=True)

@@ -346,7 +346,7 @@ class Printer:
                 "seconds": round(seconds, 4),
                 "notes": list(restored.image.notes),
             }
-            print(json.dumps(record, ensure_ascii=False), file=stream, flush=True)
+            print(json.dumps(record), file=stream, flush=True)
         elif not self.quiet:
             how = "estimated" if self.estimated else "given"
             where = f"{shown(source)} -> {shown(output)}"
@@ -389,4 +389,4 @@ class Printer:
 
     def _event(self, event: str, job: Job, **more: Any) -> None:
         record = {"event": event, "input": str(job.source), "output": str(job.output), **more}
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(json.dumps(record), flush=True)
