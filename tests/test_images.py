@@ -135,6 +135,17 @@ def test_lossless_formats_return_what_they_were_given(kind, channels, height, wi
     assert images.encode(again, suffix) == images.encode(image, suffix)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+@pytest.mark.parametrize("size", [(100, 1), (5000, 1), (1, 5000), (5000, 3), (3000, 17)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_long_and_narrow(suffix, size, channels):
+    """Of noise, which no coder makes smaller."""
+    channels = 3 if suffix == ".webp" else channels
+    for dtype in DEPTHS[suffix]:
+        image = picture(noise(*size, channels, dtype))
+        assert_same(read_bytes(images.encode(image, suffix)), image)
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_16_bit_png_is_read_to_the_last_bit(channels):
     samples = noise(9, 13, channels, "uint16")
