@@ -21,7 +21,7 @@ class Classifier(Network):
     def log_joint(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """Class scores, (B, K): log p(c | y) up to a function of y."""
         n = Normalised(y, sigma, self.config.multiple)
-        logits: Tensor = self.head(self.trunk(n, self.compute_dtype)[0][-1])[0]
+        logits: Tensor = self.head(self.trunk.last(n, self.compute_dtype))[0]
         return logits
 
     def correction(

@@ -70,6 +70,7 @@ class GradResNet(Network):
         # and for the last stage also that of the weighted class scores.
         pull: list[Tensor | None] = [None] * len(features)
         for i, form in self.sides.items():
-            pull[int(i)] = total.to(features[0].dtype) * form(features[int(i)])
+            pull[int(i)] = form(features[int(i)]).mul_(total.to(features[0].dtype))
         pull[-1] = pull[-1] + head_adjoint(w * (n.sigma / PRIOR_STD).view(-1, 1))
+        del features  # what the adjoint does not need makes room for it
         return n.correction(adjoint(pull), total), logits

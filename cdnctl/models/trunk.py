@@ -196,19 +196,27 @@ class Trunk(nn.Module):
             stages.append(Chain(*down, *make_blocks(config, width, count)))
         self.stages = nn.ModuleList(stages)
 
+    def folded(self, n: Normalised, dtype: torch.dtype | None) -> Tensor:
+        """What the stem reads: squares of z as channels, and the noise level as one more."""
+        h = F.pixel_unshuffle(n.z, self.config.unshuffle)
+        # The noise level in the unit of z: the standard deviation of z's noise.
+        level = (n.sigma / n.tau).expand(h.shape[0], 1, *h.shape[-2:])
+        h = torch.cat([h, level], 1).to(dtype or h.dtype)
+        return h.contiguous(memory_format=torch.channels_last)
+
+    def last(self, n: Normalised, dtype: torch.dtype | None) -> Tensor:
+        """Features of the last stage alone: no adjoint, hence less memory."""
+        h: Tensor = self.stem(self.folded(n, dtype))[0]
+        for stage in self.stages:
+            h = stage(h)[0]
+        return h
+
     def forward(
         self, n: Normalised, dtype: torch.dtype | None
     ) -> tuple[list[Tensor], Callable[[list[Tensor | None]], Tensor]]:
         """Features of every stage, and the adjoint: a cotangent for each of them
-        (None: zero) to the cotangent of z, (B, C, H', W')."""
-        cell = self.config.unshuffle
-        h = F.pixel_unshuffle(n.z, cell)
-        folded = h.shape[1]
-        # The noise level in the unit of z: the standard deviation of z's noise.
-        level = (n.sigma / n.tau).expand(h.shape[0], 1, *h.shape[-2:])
-        h = torch.cat([h, level], 1).to(dtype or h.dtype)
-        h = h.contiguous(memory_format=torch.channels_last)
-        h, stem_adjoint = self.stem(h)
+        (None: zero) to the cotangent of z, (B, C, H', W'). It empties the list it is given."""
+        h, stem_adjoint = self.stem(self.folded(n, dtype))
         features: list[Tensor] = []
         adjoints: list[Adjoint] = []
         for stage in self.stages:
@@ -218,7 +226,8 @@ class Trunk(nn.Module):
 
         def run(cotangents: list[Tensor | None]) -> Tensor:
             g: Tensor | None = None
-            for cotangent in reversed(cotangents):
+            while cotangents:
+                cotangent = cotangents.pop()
                 if g is None:
                     g = cotangent
                 elif cotangent is not None:
@@ -226,7 +235,8 @@ class Trunk(nn.Module):
                 if g is not None:
                     g = adjoints.pop()(g)
             assert g is not None, "the last stage always has a cotangent"
-            return F.pixel_shuffle(stem_adjoint(g)[:, :folded].to(n.z.dtype), cell)
+            folded = stem_adjoint(g)[:, :-1]  # all channels but the noise level
+            return F.pixel_shuffle(folded.to(n.z.dtype), self.config.unshuffle)
 
         return features, run
 
@@ -320,5 +330,5 @@ class Network(nn.Module):
     def class_features(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """What the class scores are a linear map of, after a mean over positions: (B, F, h, w)."""
         n = Normalised(y, sigma, self.config.multiple)
-        top: Tensor = self.head.features(self.trunk(n, self.compute_dtype)[0][-1])[0]
+        top: Tensor = self.head.features(self.trunk.last(n, self.compute_dtype))[0]
         return top.to(y.dtype)
