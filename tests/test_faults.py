@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 from processes import Run, Started, checked, needs_server, start
-from tiny import files, noisy_picture, save_tiny, write
+from tiny import files, names, noisy_picture, save_tiny, write
 
 from cdnctl import images
 from cdnctl.manifest import NAME
@@ -70,13 +70,13 @@ def test_a_dry_run_tells_the_plan_and_touches_nothing(place: Path, cdnctl: Run) 
     command = ("denoise", "in", "-r", "-o", "out", *OPTIONS)
     plan = cdnctl(*command, "--dry-run")
     assert plan.code == 0 and not plan.err and snapshot(place) == before
-    names = [f"{i:02}.png" for i in range(12)] + ["sub/new\\nline.png"]
-    assert plan.text.splitlines() == [f"in/{n} -> out/{n}" for n in names]
+    told = [f"{i:02}.png" for i in range(12)] + ["sub/new\\nline.png"]
+    assert plan.text.splitlines() == [f"in/{n} -> out/{n}" for n in told]
     records = cdnctl(*command, "--dry-run", "--json").records
     assert {r["event"] for r in records} == {"planned"} and snapshot(place) == before
     assert not any(r["done"] for r in records)
     assert [(r["input"], r["output"]) for r in records] == [
-        (f"in/{n}", f"out/{n}") for n in [*names[:-1], "sub/new\nline.png"]
+        (f"in/{n}", f"out/{n}") for n in [*told[:-1], "sub/new\nline.png"]
     ]
 
     # What it tells is what is then done.
@@ -265,7 +265,7 @@ def test_an_interrupted_bar_gives_the_cursor_back(place: Path, logs: Path) -> No
             "denoise", "in", "-o", "out", *OPTIONS,
             cwd=place, logs=logs, terminal=name, env={"TERM": "xterm"}, prepare=slow_disk,
         )  # fmt: skip
-        process.until(lambda: len(files(place / "out")) > 2)
+        process.until(lambda: len(names(place / "out")) > 2)
         process.signal(signal.SIGINT)
         assert process.wait().code == 130
         seen = read()
@@ -345,7 +345,7 @@ def test_processes_wait_for_no_dead_one(place: Path, logs: Path) -> None:
 @needs_server
 def test_a_second_crew_is_refused_before_it_writes(place: Path, logs: Path) -> None:
     first = start("denoise", "in", "-o", "out", *OPTIONS, cwd=place, logs=logs, prepare=slow_disk)
-    first.until(lambda: len(files(place / "out")) > 2)
+    first.until(lambda: len(names(place / "out")) > 2)
     first.freeze()
     before = snapshot(place / "out")
     lead, other = (p.wait() for p in crew(place, logs, "--overwrite"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Started, needs_server, start
-from tiny import files, noisy_picture, save_tiny, write
+from tiny import files, names, noisy_picture, save_tiny, write
 
 from cdnctl import images
 from cdnctl.batch import Batch, Done, plan
@@ -419,7 +419,7 @@ def slow_disk() -> None:
     rename = os.replace
 
     def slow(source: Path, target: Path) -> None:
-        time.sleep(0.01)
+        time.sleep(0.03)
         rename(source, target)
 
     os.replace = slow  # type: ignore[assignment]
@@ -447,24 +447,21 @@ def test_killed_again_and_again(forty: Path, logs: Path) -> None:
     assert len(expected) == 40
     out, kills = forty / "out", 0
 
-    def pictures() -> dict[str, str]:
-        return {n: h for n, h in files(out).items() if not n.endswith(".tmp")}
-
     def run() -> Started:
         return start(*COMMAND, "out", "--resume", cwd=forty, logs=logs, prepare=slow_disk)
 
     litter = 0
-    while kills < 18 or len(pictures()) < 40:
+    while kills < 18 or len(names(out)) < 40:
         process = run()
         if kills % 3:  # after some pictures of this run, else at any time
-            wanted = min(40, len(pictures()) + rng.randint(1, 4))
-            process.until(lambda n=wanted: len(pictures()) >= n)  # type: ignore[misc]
+            wanted = min(40, len(names(out)) + rng.randint(1, 4))
+            process.until(lambda n=wanted: len(names(out)) >= n)  # type: ignore[misc]
             time.sleep(rng.uniform(0, 0.02))
         else:
             time.sleep(rng.uniform(0, 0.5))
         process.kill()
         kills += 1
-        there = pictures()
+        there = {n: h for n, h in files(out).items() if not n.endswith(".tmp")}
         assert there.items() <= expected.items(), "every file that has its name is complete"
         litter += len(list(out.rglob("*.tmp")))
         if len(there) == 40 and kills < 18:
@@ -479,7 +476,7 @@ def test_killed_again_and_again(forty: Path, logs: Path) -> None:
 @needs_server
 def test_two_runs_at_once(forty: Path, logs: Path) -> None:
     first = start(*COMMAND, "out", cwd=forty, logs=logs, prepare=slow_disk)
-    first.until(lambda: len(files(forty / "out")) > 2)
+    first.until(lambda: len(names(forty / "out")) > 2)
     first.freeze()  # so that it does not end too early
     there = files(forty / "out")
     for option in ("--resume", "--overwrite"):
@@ -497,7 +494,7 @@ def test_two_runs_at_once(forty: Path, logs: Path) -> None:
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_and_gone_on(forty: Path, logs: Path, number: int, code: int) -> None:
     process = start(*COMMAND, "out", cwd=forty, logs=logs, prepare=slow_disk)
-    process.until(lambda: len(files(forty / "out")) > 5)
+    process.until(lambda: len(names(forty / "out")) > 5)
     process.signal(number)
     stopped = process.wait()
     assert stopped.code == code and not list((forty / "out").rglob("*.tmp"))

@@ -101,3 +101,9 @@ def files(folder: Path) -> dict[str, str]:
         for p in folder.rglob("*")
         if p.is_file() and not p.name.startswith("cdnctl-manifest")
     }
+
+
+def names(folder: Path) -> set[str]:
+    """Of `files` those that have their final name; safe while a command writes them."""
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*.*") if p.suffix != ".tmp"}
+    return {name for name in found if not Path(name).name.startswith("cdnctl-manifest")}
