@@ -969,7 +969,7 @@ def _encode_png(samples: np.ndarray, meta: Metadata) -> bytes:
     # The encoder wants the usual strides even of axes of length 1, where numpy allows any.
     samples = samples.ravel().reshape(samples.shape)
     # By itself it sets aside too little for narrow noise: each row takes a byte more.
-    room = samples.nbytes + samples.shape[0]
+    room = samples.nbytes + len(samples)
     data = imagecodecs.png_encode(samples, level=6, out=room + room // 256 + 8192)
     for kind, content in _png_chunks(bytes(data)):
         for part in [(kind, content), *(extras + list(meta.png) if kind == b"IHDR" else ())]:

@@ -15,8 +15,8 @@ from tiny import noisy_picture, tiny
 from torch import Tensor
 
 from cdnctl import tiles
-from cdnctl.api import load
-from cdnctl.images import Image
+from cdnctl.api import Model, load
+from cdnctl.images import Image, from_unit, to_unit
 from cdnctl.restore import Field, Settings, restore
 
 CPU = torch.device("cpu")
@@ -27,6 +27,11 @@ cells = st.integers(1, 30)
 sides = st.integers(1, 150)
 margins = st.integers(0, 40)
 multiples = st.sampled_from([1, 2, 3, 4, 8])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return tiny(tmp_path_factory.mktemp("weights"))
 
 
 def reader(x: Tensor) -> Callable[[tiles.Box], Tensor]:
@@ -111,6 +116,34 @@ def test_reflection_is_numpys_symmetric_padding(size: int, start: int, more: int
     stop = start + more
     wanted = np.pad(np.arange(size), (0, max(0, stop - size)), "symmetric")[start:stop]
     np.testing.assert_array_equal(tiles.reflected(start, stop, size), wanted)
+
+
+@examples
+@given(
+    st.sampled_from(["uint8", "uint16", "uint32", "float16", "float32", "float64"]),
+    st.sampled_from([1, 3]),
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.data(),
+)
+def test_a_field_reads_parts_of_the_extended_picture(
+    model: Model, dtype: str, channels: int, height: int, width: int, data: st.DataObject
+) -> None:
+    """Any rows and columns, as the mirrored picture of floats would give them."""
+    samples = from_unit(np.random.default_rng(0).random((height, width, channels)), np.dtype(dtype))
+    multiple = model.module.config.multiple
+    edges = [(0, -height % multiple), (0, -width % multiple), (0, 0)]
+    whole = np.pad(to_unit(samples), edges, "symmetric").transpose(2, 0, 1)
+    box = []
+    for size in whole.shape[1:]:
+        start = data.draw(st.integers(0, size - 1))
+        box.append(slice(start, data.draw(st.integers(start + 1, size))))
+    before = samples.copy()
+    part = Field(model, samples, SIGMA).read((box[0], box[1]))
+    np.testing.assert_array_equal(part.numpy(), whole[:, box[0], box[1]])
+    assert part.dtype == torch.float32 and part.is_contiguous()
+    part += 1  # is a copy
+    np.testing.assert_array_equal(samples, before)
 
 
 # -- networks -------------------------------------------------------------------------------
