@@ -21,7 +21,8 @@ class Classifier(Network):
     def log_joint(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """Class scores, (B, K): log p(c | y) up to a function of y."""
         n = Normalised(y, sigma, self.config.multiple)
-        logits: Tensor = self.head(self.trunk.last(n, self.compute_dtype))[0]
+        *_, last = self.trunk.encode(n, self.compute_dtype)
+        logits: Tensor = self.head(last)[0]
         return logits
 
     def correction(
@@ -84,10 +85,10 @@ class UNet(Network):
         logits = y.new_zeros(y.shape[0], self.num_classes)
         mixture(weights, logits)
         n = Normalised(y, sigma, self.config.multiple)
-        features, _ = self.trunk(n, self.compute_dtype)
+        features = list(self.trunk.encode(n, self.compute_dtype))
         h: Tensor | None = None
         for i in reversed(range(len(features))):
-            skip = self.skips[i](features[i])[0]
+            skip = self.skips[i](features.pop())[0]
             h = skip if h is None else skip + _transposed(self.ups[i], h)
             h = self.blocks[i](h)[0]
         assert h is not None

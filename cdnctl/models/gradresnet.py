@@ -46,7 +46,7 @@ class GradResNet(Network):
     def log_joint(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """f_c(y) = log p_sigma(y, c) up to a constant: (B, C, H, W) -> (B, K), in nats."""
         n = Normalised(y, sigma, self.config.multiple)
-        features, _ = self.trunk(n, self.compute_dtype)
+        features = list(self.trunk.encode(n, self.compute_dtype))
         logits, _ = self.head(features[-1])
         gauss = -(y - 0.5).square().sum((1, 2, 3)) / (2 * n.tau.flatten().square())
         u = self.energy(features).to(y.dtype)
