@@ -260,7 +260,7 @@ def _crops(folder: Path, height: int, width: int, suffix: str, count: int) -> li
             int(rng.integers(n - m + 1))
             for n, m in zip(picture.shape, (height, width), strict=False)
         )
-        crop = picture[top : top + height, left : left + width] / 255
+        crop = images.to_unit(picture[top : top + height, left : left + width])
         noisy = crop + 0.1 * rng.standard_normal(crop.shape)
         paths.append(folder / f"{i:05}{suffix}")
         images.write(images.Image.of(noisy), paths[-1])
