@@ -91,13 +91,15 @@ class PixelNorm(Norm):
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Adjoint]:
         """The norm without its gain, and the adjoint of that."""
+        # Sums, not means: autograd would spread a mean over all channels, out of channels-last.
+        share = 1 / x.shape[1]
         wide = x.to(_stat_dtype(x))
-        rstd = (wide.square().mean(1, keepdim=True) + self.eps).rsqrt()
+        rstd = (wide.square().sum(1, keepdim=True) * share + self.eps).rsqrt()
 
         def adjoint(g: Tensor) -> Tensor:
             # What depends on the pixel alone is put together first: fewer passes over memory.
             wide, g = x.to(rstd.dtype), g.to(rstd.dtype)
-            along = rstd * (rstd.square() * (g * wide).mean(1, keepdim=True))
+            along = rstd * (rstd.square() * share * (g * wide).sum(1, keepdim=True))
             return (g * rstd).addcmul_(wide, along, value=-1).to(x.dtype)
 
         return (wide * rstd).to(x.dtype), adjoint
