@@ -38,10 +38,19 @@ def bench(
     folders: Annotated[
         bool, typer.Option("--folders", help="Time folders of pictures against a plain loop.")
     ] = False,
+    gradient: Annotated[
+        bool,
+        typer.Option(
+            "--gradient", help="Time the gradient network beside autograd and an equal UNet."
+        ),
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Compare models and classical methods, in one run: quality on a folder, or time and memory."""
+    chosen = {"FOLDER": folder is not None, "--folders": folders, "--gradient": gradient}
+    if sum(chosen.values()) > 1:
+        raise UsageError(f"give one of {', '.join(k for k, v in chosen.items() if v)} at a time")
     levels = parse_sigmas(sigma)
     start_torch("cpu", threads)
     from cdnctl.batch import expand
@@ -55,6 +64,9 @@ def bench(
         names = [n for n in names if n in methods.split(",")]
     if folders:
         _throughput(as_json, threads)
+        return
+    if gradient:
+        _gradient(names if methods is not None else ["photo"], as_json)
         return
     if folder is not None:
         rows = []
@@ -94,6 +106,32 @@ def _throughput(as_json: bool, threads: int | None) -> None:
     for r in rows:
         cells = (r.pictures, r.count, f"{r.plain:.2f}", f"{r.batch:.2f}", f"{r.ratio:.2f}")
         table.add_row(*map(str, cells))
+    Console(highlight=False).print(table)
+
+
+def _gradient(names: Sequence[str], as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cdnctl.checkpoints import bundled, read_header
+    from cdnctl.ratios import ratios
+
+    models = bundled()
+    if foreign := [name for name in names if name not in models]:
+        raise UsageError(f"{foreign[0]!r} has no gradient: give some of {', '.join(models)}")
+    rows = []
+    for name in names:
+        for row in ratios(read_header(models[name])):
+            rows.append(row)
+            stderr().print(f"{row.model}, {row.task}, {row.precision}, {row.way}: {row.ratio:.2f}")
+    if as_json:
+        print(json.dumps([asdict(r) for r in rows]))
+        return
+    table = Table("model", "task", "precision", "way", "s per megapixel", "ratio", "to")
+    for r in rows:
+        seconds = f"{r.seconds_per_megapixel:.2f}"
+        cells = (r.model, r.task, r.precision, r.way, seconds, f"{r.ratio:.2f}", r.reference)
+        table.add_row(*cells)
     Console(highlight=False).print(table)
 
 

@@ -1,0 +1,103 @@
+"""The benchmark: that it compares like with like. How fast anything is, no test can say."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import Run
+from tiny import save_tiny
+
+from cdnctl import ratios
+from cdnctl.checkpoints import read_header
+from cdnctl.models import NetConfig
+from cdnctl.models.gradresnet import GradResNet
+from cdnctl.training.config import DataConfig, TrainConfig
+from cdnctl.training.loop import loss_and_gradients, losses
+
+TASKS = {"denoise", "train"}
+SHAPE = NetConfig(num_classes=3, widths=(4, 8), blocks=(1, 1), norm="pixel", head=8)
+
+
+# -- the price of the gradient ------------------------------------------------------------------
+
+
+def double(value: Any) -> Any:
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+def test_all_ways_compute_the_same() -> None:
+    """By autograd and written out: the same picture, the same loss, the same gradients."""
+    torch.manual_seed(0)
+    ours, naive = GradResNet(SHAPE).double(), ratios.ByAutograd(SHAPE).double()
+    naive.load_state_dict(ours.state_dict())
+    config = TrainConfig(data=DataConfig(patch=8, batch=8))
+    batch = ratios._batch(config.data, 3, 3)
+    batch = type(batch)(*(double(value) for value in vars(batch).values()))
+    assert batch.condition.any() and not batch.condition.all()
+
+    results = [loss_and_gradients(losses, net, batch, config) for net in (ours, naive)]
+    torch.testing.assert_close(*(parts for parts, _ in results), rtol=1e-9, atol=1e-9)
+    for got, want in zip(*(gradients for _, gradients in results), strict=True):
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+    with torch.no_grad():
+        got, want = (net(batch.clean, batch.sigma)[0] for net in (ours, naive))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert not want.requires_grad, "a picture that is not trained on holds no graph"
+
+
+@pytest.mark.parametrize("norm", ["pixel", "group"])
+def test_ratios(tmp_path: Path, norm: str) -> None:
+    header = read_header(save_tiny(tmp_path / "tiny.safetensors", norm=norm, patch=16))
+    rows = list(ratios.ratios(header, pixels=2**10, rounds=3))
+    keys = [(r.task, r.precision, r.way) for r in rows]
+    assert len(set(keys)) == len(keys) and {r.model for r in rows} == {"tiny"}
+    for precision in {r.precision for r in rows}:
+        denoise, train = (
+            {r.way: r for r in rows if (r.task, r.precision) == (task, precision)}
+            for task in sorted(TASKS)
+        )
+        assert denoise.keys() == train.keys() | {ratios.FORWARD} and len(denoise) == 4
+        assert denoise[ratios.FORWARD].ratio == train[ratios.UNET].ratio == 1
+        for ways in (denoise, train):
+            (reference,) = {r.reference for r in ways.values()}
+            assert all(r.seconds_per_megapixel > 0 for r in ways.values())
+            assert ways[reference].ratio == 1
+
+
+def test_ways_take_turns() -> None:
+    calls: list[str] = []
+    seconds = ratios.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 4, "three rounds after one that warms up"
+    assert {way: len(times) for way, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = partial(ratios.ratios, pixels=2**12, rounds=1)
+    monkeypatch.setattr(ratios, "ratios", few)
+    done = cdnctl("bench", "--gradient", "--json", "--methods", "cifar10")
+    assert done.code == 0
+    (rows,) = done.records
+    assert {r["model"] for r in rows} == {"cifar10"} and {r["task"] for r in rows} == TASKS
+    done = cdnctl("bench", "--gradient")
+    assert done.code == 0 and done.text.count("photo") == len(rows)
+    for way in {r["way"] for r in rows}:
+        assert way in done.text, "names fit into a terminal of 80 columns"
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (("--gradient", "--methods", "wavelet"), "'wavelet'"),
+        (("--gradient", "--folders"), "--folders, --gradient"),
+        (("--gradient", "in"), "FOLDER, --gradient"),
+        (("--methods", "photo,nonsense"), "'nonsense'"),
+    ],
+)
+def test_usage_errors(cdnctl: Run, options: tuple[str, ...], named: str) -> None:
+    done = cdnctl("bench", *options)
+    assert done.code == 2 and named in done.err and not done.out
