@@ -418,9 +418,17 @@ class Batch:
                 f"{str(job.output)!r} exists and is not as cdnctl wrote it: "
                 "give --overwrite to replace it"
             )
-        return any(
+        if any(
             record.get("parameters") == self.parameters
             and record.get("weights") == self.models.hash_of(str(record.get("model")))
             and Origin.from_dict(record).still(job.source)
             for record in ours
-        )
+        ):
+            return True
+        for source in (Path(str(record.get("input"))) for record in ours):
+            if source.exists() and not same_file(source, job.source) and not self.overwrite:
+                raise ImageError(
+                    f"{str(job.output)!r} was made from {str(source)!r}, another picture of that "
+                    "name: choose another output folder, or give --overwrite to replace it"
+                )
+        return False

@@ -897,6 +897,8 @@ def save(data: bytes, path: Path, temporary: str | None = None) -> None:
         try:
             with open(part, "xb") as file:
                 file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave the name with half a file
             if target.exists():
                 shutil.copymode(target, part)
             os.replace(part, target)

@@ -88,6 +88,13 @@ class Field:
         self.cells = height * width // config.multiple**2
         self._watch, self._seen = watch, 0
 
+    @property
+    def area(self) -> int:
+        """Pixels of a tile with its margins."""
+        rows, columns = self.tiles[0].read
+        area: int = (rows.stop - rows.start) * (columns.stop - columns.start)
+        return area
+
     def read(self, box: tiles.Box) -> Tensor:
         """Rows and columns of the extended picture: (C, h, w), float32 on the host."""
         block = self.pixels
@@ -313,17 +320,19 @@ def restore(
         return restore_batch([image], model, settings)[0]
     sigma = estimate_sigma(image.samples) if settings.sigma is None else settings.sigma
     tile = settings.tile or default_tile(model, settings.memory)
+    field = Field(model, image.samples, sigma, tile, watch)
     while True:
-        field = Field(model, image.samples, sigma, tile, watch)
         try:
             with memory_errors(field):
                 samples, logits = _blend(image, field, settings)
             break
         except OutOfMemory:
-            rows, columns = field.tiles[0].read
-            tile = math.isqrt(rows.stop * columns.stop) // 2
-            if settings.tile or model.module.config.whole or tile < 2 * model.module.config.margin:
+            if settings.tile:
                 raise
+            smaller = Field(model, image.samples, sigma, math.isqrt(field.area) // 2, watch)
+            if smaller.area == field.area:
+                raise
+            field = smaller
     return Restored(image.with_samples(samples), sigma, field.seen, ranked(model, logits))
 
 

@@ -86,28 +86,21 @@ def _spans(size: int, length: int, margin: int) -> Iterator[tuple[slice, slice, 
         done = end
 
 
-def groups(tiles: Sequence[Tile], count: int) -> Iterator[Sequence[Tile]]:
-    """Runs of at most ``count`` tiles."""
-    for i in range(0, len(tiles), count):
-        yield tiles[i : i + count]
-
-
 def run(
     function: Callable[[Tensor], Tensor],
     read: Callable[[Box], Tensor],
     tiles: Sequence[Tile],
     device: torch.device,
-    count: int = 1,
 ) -> Iterator[tuple[Box, Tensor]]:
     """Apply ``function``, (B, C, h, w) to the same, tile by tile: places and what belongs there.
 
-    read: rows and columns of the picture to (C, h, w), on the host. Only ``count`` tiles at
-    a time visit ``device``; each result comes back to the host.
+    read: rows and columns of the picture to (C, h, w), on the host. One tile at a time visits
+    ``device``; a budget of memory is better spent on larger tiles, whose margins weigh less,
+    than on more of them.
     """
-    for group in groups(tiles, count):
-        stack = torch.stack([read(tile.read) for tile in group]).to(device)
-        for tile, out in zip(group, function(stack).cpu(), strict=True):
-            yield tile.place, out[(..., *tile.core)]
+    for tile in tiles:
+        out = function(read(tile.read)[None].to(device))[0].cpu()
+        yield tile.place, out[(..., *tile.core)]
 
 
 def mean_of_cells(
@@ -116,7 +109,6 @@ def mean_of_cells(
     tiles: Sequence[Tile],
     device: torch.device,
     cell: int,
-    count: int = 1,
 ) -> Tensor:
     """Mean over a whole picture of a coarse map that is computed tile by tile: (F,), float64.
 
@@ -124,12 +116,11 @@ def mean_of_cells(
     """
     total: Tensor | None = None
     cells = 0
-    for group in groups(tiles, count):
-        stack = torch.stack([read(tile.read) for tile in group]).to(device)
-        for tile, out in zip(group, function(stack).cpu(), strict=True):
-            rows, columns = (slice(s.start // cell, s.stop // cell) for s in tile.core)
-            part = out[:, rows, columns].double()
-            cells += part.shape[1] * part.shape[2]
-            total = part.sum((1, 2)) + (0 if total is None else total)
+    for tile in tiles:
+        out = function(read(tile.read)[None].to(device))[0].cpu()
+        rows, columns = (slice(s.start // cell, s.stop // cell) for s in tile.core)
+        part = out[:, rows, columns].double()
+        cells += part.shape[1] * part.shape[2]
+        total = part.sum((1, 2)) + (0 if total is None else total)
     assert total is not None
     return total / cells

@@ -330,6 +330,25 @@ def test_folders_may_be_moved(place: Path) -> None:
     assert redone(go_on(place / "elsewhere")) == set()
 
 
+def test_another_folder_of_the_same_names_replaces_nothing(place: Path) -> None:
+    """Unless the pictures are the same, or --overwrite is given."""
+    go_on(place)
+    before = files(place / "out")
+    (place / "in").rename(place / "first")
+    (place / "in").mkdir()
+    for name in ("0.png", "1.png", "2.png"):
+        shutil.copy(place / "first" / ("3.png" if name == "2.png" else name), place / "in" / name)
+    # The manifest knows the pictures as in/*.png; let it know them by where they are now.
+    manifest = place / "out" / NAME
+    old, new = (json.dumps(str(place / n))[1:-1] for n in ("in", "first"))
+    manifest.write_text(manifest.read_text().replace(old, new))
+    done = go_on(place)
+    assert {n for n, d in done.items() if d.error} == {"2.png"}
+    assert str(place / "first" / "2.png") in str(done["2.png"].error)
+    assert files(place / "out") == before
+    assert redone(go_on(place, overwrite=True)) == {"2.png"}
+
+
 def test_stripped_metadata_is_another_output(place: Path) -> None:
     go_on(place)
     assert len(redone(go_on(place, strip_metadata=True))) == 4

@@ -389,6 +389,18 @@ def test_a_tile_that_was_asked_for_is_the_tile(
     assert max(sizes) <= 150**2
 
 
+def test_the_smallest_tile_is_tried(narrow: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever just suffices for it is enough."""
+    y = noisy_picture(70, 60)
+    monkeypatch.setattr("cdnctl.restore.batch_size", lambda height, width: 1)  # it is so small
+    config = narrow.module.config
+    least = 2 * (config.margin + -config.margin % config.multiple) + config.multiple
+    assert least < 60
+    sizes = shrink(narrow, monkeypatch, least**2, OUT_OF_MEMORY[0])
+    restore(exact(y), narrow, Settings(SIGMA))
+    assert sizes and max(sizes) <= least**2
+
+
 def test_too_little_for_any_tile(narrow: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends, and says so."""
     sizes = shrink(narrow, monkeypatch, 0, OUT_OF_MEMORY[0])

@@ -70,7 +70,7 @@ def test_plan_gives_every_kept_pixel_its_surroundings(
             assert read.stop - place.stop >= margin or read.stop == end
             for edge in (read.start, read.stop, place.start, place.stop):
                 assert edge % multiple == 0
-    assert len(lengths) == 1, "all of one size, so that they go in batches"
+    assert len(lengths) == 1, "all of one size, so that kernels are set up once"
     least = 2 * (margin + -margin % multiple) + multiple
     (length,) = lengths
     smallest = min(size[0], least) * min(size[1], least)
@@ -78,23 +78,23 @@ def test_plan_gives_every_kept_pixel_its_surroundings(
 
 
 @examples
-@given(cells, cells, sides, margins, multiples, st.integers(1, 5))
+@given(cells, cells, sides, margins, multiples)
 def test_identity_over_tiles_is_identity(
-    rows: int, columns: int, tile: int, margin: int, multiple: int, count: int
+    rows: int, columns: int, tile: int, margin: int, multiple: int
 ) -> None:
     height, width = rows * multiple, columns * multiple
     x = torch.arange(2.0 * height * width).reshape(2, height, width)
     planned = tiles.plan(height, width, tile, margin, multiple)
     again = torch.full_like(x, torch.nan)
-    for place, part in tiles.run(lambda y: y, reader(x), planned, CPU, count):
+    for place, part in tiles.run(lambda y: y, reader(x), planned, CPU):
         again[(..., *place)] = part
     assert torch.equal(again, x)
 
 
 @examples
-@given(cells, cells, sides, margins, multiples, st.integers(1, 5))
+@given(cells, cells, sides, margins, multiples)
 def test_mean_over_tiles_is_the_mean(
-    rows: int, columns: int, tile: int, margin: int, multiple: int, count: int
+    rows: int, columns: int, tile: int, margin: int, multiple: int
 ) -> None:
     x = torch.rand(3, rows * multiple, columns * multiple, dtype=torch.float64)
     planned = tiles.plan(x.shape[1], x.shape[2], tile, margin, multiple)
@@ -104,7 +104,6 @@ def test_mean_over_tiles_is_the_mean(
         planned,
         CPU,
         multiple,
-        count,
     )
     torch.testing.assert_close(mean, x.mean((1, 2)))
 

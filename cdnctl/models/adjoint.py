@@ -32,6 +32,16 @@ def _stat_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def init_normal(weight: nn.Parameter, std: float) -> None:
+    """Fill weights with independent normal numbers.
+
+    Not on the meta device, where they have no values: drawing there imports torch's compiler,
+    which would cost every command a second.
+    """
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
+
+
 class Conv(nn.Module):
     """Bias-free convolution (B, C_in, H, W) -> (B, C_out, H/stride, W/stride).
 
@@ -48,13 +58,12 @@ class Conv(nn.Module):
         super().__init__()
         self.stride = stride
         self.padding = (kernel - stride + 1) // 2
-        weight = torch.randn(c_out, c_in, kernel, kernel)
-        if stride > 1 and kernel == 4:
+        self.weight = nn.Parameter(torch.empty(c_out, c_in, kernel, kernel))
+        init_normal(self.weight, gain / (c_in * kernel**2) ** 0.5)
+        if stride > 1 and kernel == 4 and not self.weight.is_meta:
             # Start from smooth windows: a white 4x4 kernel aliases as much as a 2x2 one.
-            taper = torch.tensor([1.0, 3.0, 3.0, 1.0])
-            taper = torch.outer(taper, taper)
-            weight = weight * taper / taper.square().mean().sqrt()
-        self.weight = nn.Parameter(weight * gain / (c_in * kernel**2) ** 0.5)
+            taper = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 5**0.5
+            self.weight.data *= torch.outer(taper, taper)
 
     def forward(self, x: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Adjoint]:
         w = self.weight if gain is None else self.weight * gain.view(1, -1, 1, 1)
@@ -213,7 +222,8 @@ class QuadraticForm(nn.Module):
 
     def __init__(self, channels: int, rank: int, gain: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(rank, channels, 1, 1) * gain / channels**0.5)
+        self.weight = nn.Parameter(torch.empty(rank, channels, 1, 1))
+        init_normal(self.weight, gain / channels**0.5)
         sign = torch.ones(1, rank, 1, 1)
         sign[:, 1::2] = -1
         self.sign: Tensor

@@ -21,6 +21,7 @@ from cdnctl.models.adjoint import (
     NoNorm,
     PixelNorm,
     Residual,
+    init_normal,
 )
 
 PRIOR_STD = 0.25  # s0: about the standard deviation of the pixels of natural images
@@ -255,7 +256,7 @@ class ClassHead(nn.Module):
             make_norm(config, width), Conv(width, config.head, 1), Activation(config.activation)
         )
         self.linear = nn.Linear(config.head, config.num_classes)
-        nn.init.normal_(self.linear.weight, std=config.head**-0.5)
+        init_normal(self.linear.weight, config.head**-0.5)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, h: Tensor, cells: int | None = None) -> tuple[Tensor, Adjoint]:
