@@ -32,7 +32,7 @@ def _stat_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def init_normal(weight: nn.Parameter, std: float) -> None:
+def init_normal(weight: Tensor, std: float) -> None:
     """Fill weights with independent normal numbers.
 
     Not on the meta device, where they have no values: drawing there imports torch's compiler,
