@@ -1,128 +1,35 @@
 """How good, how fast and how hungry: the bundled models beside the classical methods.
 
-All methods see the same noise. Time and memory are taken in a fresh process per
-method and size, so that no method inherits another's caches or high-water mark.
+All methods see the same noise. Each runs in a process of its own, in which nothing else is
+done: so that none inherits another's caches or high-water mark, nor that of the scores.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import resource
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from cdnctl import images
-from cdnctl.api import Model, load
 from cdnctl.batch import Batch, Job
 from cdnctl.checkpoints import bundled
+from cdnctl.errors import CdnctlError
 from cdnctl.evaluate import Sample, noisy_version, picture_psnr, ssim
 from cdnctl.manifest import Manifest
-from cdnctl.restore import Field, Settings, estimate_sigma, restore
+from cdnctl.methods import method
+from cdnctl.restore import Field, Settings, estimate_sigma
 from cdnctl.selection import Models
-
-Method = Callable[[np.ndarray, float], np.ndarray]
-
-REFERENCE = "CDnCNN-B (shape)"
-
-
-def _nlm(noisy: np.ndarray, sigma: float) -> np.ndarray:
-    from skimage.restoration import denoise_nl_means
-
-    return np.asarray(
-        denoise_nl_means(
-            noisy, patch_size=5, patch_distance=6, h=0.6 * sigma, sigma=sigma, channel_axis=-1
-        )
-    )
-
-
-def _wavelet(noisy: np.ndarray, sigma: float) -> np.ndarray:
-    from skimage.restoration import denoise_wavelet
-
-    color = noisy.shape[2] == 3
-    return np.asarray(
-        denoise_wavelet(
-            noisy, sigma=sigma, channel_axis=-1, convert2ycbcr=color, rescale_sigma=True
-        )
-    )
-
-
-def _tv(noisy: np.ndarray, sigma: float) -> np.ndarray:
-    from skimage.restoration import denoise_tv_chambolle
-
-    return np.asarray(denoise_tv_chambolle(noisy, weight=1.2 * sigma, channel_axis=-1))
-
-
-def _bm3d(noisy: np.ndarray, sigma: float) -> np.ndarray:
-    import bm3d
-
-    return np.asarray(bm3d.bm3d_rgb(noisy, sigma))
-
-
-class PlainStack(nn.Module):
-    """The shape of CDnCNN-B (Zhang et al. 2017): 20 convolutions of 64 channels, 0.67 million
-    multiply-adds per pixel. Weights are random: it is a yardstick of time, not of quality."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU()]
-        for _ in range(18):
-            layers += [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(64, 3, 3, padding=1))
-
-    def run(self, noisy: np.ndarray, sigma: float) -> np.ndarray:
-        """A pass over tiles of 256 pixels with a margin of 20."""
-        from cdnctl import tiles
-
-        y = torch.from_numpy(noisy.transpose(2, 0, 1).copy())
-        plan = tiles.plan(y.shape[1], y.shape[2], 296, 20, 1)
-        with torch.no_grad():
-            parts = tiles.run(self.layers, lambda box: y[(..., *box)], plan, torch.device("cpu"))
-            out = torch.empty_like(y)
-            for place, part in parts:
-                out[(..., *place)] = part
-        return out.permute(1, 2, 0).numpy()
-
-
-def _with_model(model: Model) -> Method:
-    def run(noisy: np.ndarray, sigma: float) -> np.ndarray:
-        return restore(images.Image(noisy), model, Settings(sigma)).image.pixels
-
-    return run
-
-
-CLASSICAL: Mapping[str, Method] = {
-    "non-local means": _nlm,
-    "wavelet": _wavelet,
-    "total variation": _tv,
-    "BM3D": _bm3d,
-}
-
-
-def available() -> list[str]:
-    """Names of all methods: bundled models, classical methods, the yardstick of time.
-
-    BM3D takes part if the package bm3d is there (its licence is for research only,
-    so it is not a dependency).
-    """
-    classical = [name for name in CLASSICAL if name != "BM3D" or importlib.util.find_spec("bm3d")]
-    return [*bundled(), *classical, REFERENCE]
-
-
-def method(name: str) -> Method:
-    """A method by name."""
-    if name == REFERENCE:
-        torch.manual_seed(0)
-        return PlainStack().run
-    return CLASSICAL[name] if name in CLASSICAL else _with_model(load(name))
 
 
 @dataclass(frozen=True)
@@ -134,6 +41,7 @@ class Quality:
     psnr: float
     ssim: float | None
     seconds_per_megapixel: float
+    peak_mb: float  # as of `Cost`, over all pictures and noise levels
 
 
 @dataclass(frozen=True)
@@ -147,59 +55,124 @@ class Cost:
 
 
 def quality(
-    files: Sequence[Path], names: Sequence[str], sigmas: Sequence[float], seed: int = 0
+    files: Sequence[Path],
+    names: Sequence[str],
+    sigmas: Sequence[float],
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    watch: Callable[[], None] = lambda: None,
 ) -> Iterator[Quality]:
-    """Score every method on the same noisy pictures; the yardstick of time is left out."""
+    """Score methods on the same noisy pictures. watch: called after each restored picture."""
     pictures = [(Sample(path).key, images.read(path).pixels) for path in files]
+    pixels = sum(clean.shape[0] * clean.shape[1] for _, clean in pictures)
     for name in names:
-        if name == REFERENCE:
-            continue
-        run = method(name)
-        for sigma in sigmas:
-            psnrs, ssims, seconds, pixels = [], [], 0.0, 0
-            for file, clean in pictures:
-                noisy = noisy_version(clean, sigma, file, seed)
-                start = time.perf_counter()
-                out = run(noisy, sigma)
-                seconds += time.perf_counter() - start
-                pixels += clean.shape[0] * clean.shape[1]
-                out = np.clip(out, 0, 1)
-                psnrs.append(picture_psnr(out, clean))
-                ssims.append(ssim(out, clean))
-            known = [s for s in ssims if s is not None]
-            mean_ssim = float(np.mean(known)) if known else None
-            yield Quality(name, sigma, float(np.mean(psnrs)), mean_ssim, seconds / pixels * 1e6)
+        rows: list[Quality] = []
+        with _worker(name, threads) as run:
+            for sigma in sigmas:
+                psnrs, ssims, seconds = [], [], 0.0
+                for file, clean in pictures:
+                    done = run(noisy_version(clean, sigma, file, seed), sigma)
+                    out = np.clip(done.result, 0, 1)
+                    psnrs.append(picture_psnr(out, clean))
+                    ssims.append(ssim(out, clean))
+                    seconds += done.seconds
+                    watch()
+                known = [s for s in ssims if s is not None]
+                mean_ssim = float(np.mean(known)) if known else None
+                each = seconds / pixels * 1e6
+                row = Quality(name, sigma, float(np.mean(psnrs)), mean_ssim, each, done.peak_mb)
+                rows.append(row)
+        yield from (replace(row, peak_mb=done.peak_mb) for row in rows)
 
 
 def cost(
     names: Sequence[str], megapixels: Sequence[float], threads: int | None = None
 ) -> Iterator[Cost]:
     """Time and peak memory of every method on a synthetic noisy picture of each size."""
-    context = multiprocessing.get_context("spawn")
     for size in megapixels:
+        side = round((size * 1e6 / 1.5) ** 0.5)
+        shape = (side, round(side * 1.5), 3)
         for name in names:
-            with context.Pool(1) as pool:
-                seconds, peak = pool.apply(_measure, (name, size, threads))
-            yield Cost(name, size, seconds / size, peak)
+            rng = np.random.default_rng(0)
+            if name in bundled():  # these take pictures as files have them
+                noisy = rng.integers(64, 192, shape, np.uint8)
+            else:
+                noisy = rng.random(shape, np.float32)
+            with _worker(name, threads) as run:
+                done = run(noisy, 0.1)
+            yield Cost(name, size, done.seconds / size, done.peak_mb)
 
 
-def _measure(name: str, megapixels: float, threads: int | None) -> tuple[float, float]:
-    """(seconds, peak MB) of one run in this process."""
+@dataclass(frozen=True)
+class _Done:
+    """What a method made of a picture, its time, and the highest memory so far."""
+
+    result: np.ndarray
+    seconds: float
+    peak_mb: float
+
+
+@contextmanager
+def _worker(name: str, threads: int | None) -> Iterator[Callable[[np.ndarray, float], _Done]]:
+    """A method in a process of its own, as a function of a noisy picture and sigma.
+
+    Pictures go there and back as files: their passage costs no memory there. Where the method
+    fails its error is raised; CdnctlError if the process dies, of too little memory maybe.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        process = context.Process(target=_work, args=(there, name, threads, place), daemon=True)
+        process.start()
+        there.close()
+
+        def run(noisy: np.ndarray, sigma: float) -> _Done:
+            np.save(place / "noisy.npy", noisy)
+            try:
+                here.send(sigma)
+                answer = here.recv()
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                process.join()
+                raise CdnctlError(
+                    f"{name!r} died on a picture of {noisy.shape[1]} x {noisy.shape[0]} pixels "
+                    f"(exit code {process.exitcode}; -9: too little memory): give a smaller one"
+                ) from None
+            if isinstance(answer, Exception):
+                raise answer
+            return _Done(np.load(place / "result.npy"), *answer)
+
+        try:
+            yield run
+        finally:
+            process.kill()
+            process.join()
+
+
+def _work(connection: Connection, name: str, threads: int | None, place: Path) -> None:
+    """What the process of a `_worker` does: for every sigma it is sent, (seconds, peak MB)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent
     if threads is not None:
         torch.set_num_threads(threads)
-    run = method(name)
-    side = round((megapixels * 1e6 / 1.5) ** 0.5)
-    shape = (side, round(side * 1.5), 3)
-    rng = np.random.default_rng(0)
-    run(rng.random((64, 64, 3), np.float32), 0.1)  # what is loaded on first use does not count
-    before = _peak_mb()
-    if name in bundled():  # these take pictures as files have them
-        noisy = rng.integers(64, 192, shape, np.uint8)
-    else:
-        noisy = rng.random(shape, np.float32)
-    start = time.perf_counter()
-    run(noisy, 0.1)
-    return time.perf_counter() - start, _peak_mb() - before
+    try:
+        run = method(name)
+        # What is loaded on first use does not count.
+        run(np.random.default_rng(0).random((64, 64, 3), np.float32), 0.1)
+        before = _peak_mb()
+        while True:
+            sigma = connection.recv()
+            noisy = np.load(place / "noisy.npy")
+            start = time.perf_counter()
+            result = run(noisy, sigma)
+            answer = time.perf_counter() - start, _peak_mb() - before
+            np.save(place / "result.npy", result)
+            connection.send(answer)
+            del noisy, result
+    except EOFError:
+        pass
+    except Exception as error:
+        connection.send(error)
 
 
 @dataclass(frozen=True)
@@ -288,5 +261,10 @@ def _batch(folder: Path, jobs: Sequence[Job], models: Models) -> None:
 
 def _peak_mb() -> float:
     """Highest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+    try:
+        # Linux lets getrusage begin with the memory of the process that started this one.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (1e6 if sys.platform == "darwin" else 1e3)

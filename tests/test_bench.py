@@ -6,13 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from processes import Run
-from tiny import save_tiny
+from tiny import picture, save_tiny, write
 
-from cdnctl import ratios
+from cdnctl import benchmark, images, methods, ratios
 from cdnctl.checkpoints import read_header
+from cdnctl.errors import CdnctlError
+from cdnctl.evaluate import noisy_version, picture_psnr
 from cdnctl.models import NetConfig
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.training.config import DataConfig, TrainConfig
@@ -20,6 +24,58 @@ from cdnctl.training.loop import loss_and_gradients, losses
 
 TASKS = {"denoise", "train"}
 SHAPE = NetConfig(num_classes=3, widths=(4, 8), blocks=(1, 1), norm="pixel", head=8)
+
+
+# -- methods, each in a process of its own ------------------------------------------------------
+
+
+def test_quality_is_that_of_the_method(tmp_path: Path, cdnctl: Run) -> None:
+    """Each method as if called here, on the same noisy pictures; memory is one per method."""
+    folder = tmp_path / "in"
+    for i in range(2):
+        write(folder / f"{i}.png", picture(40, 30 + i, top=20 * i))
+    options = ("--methods", "wavelet,total variation", "--sigma", "15,50")
+    done = cdnctl("bench", folder, *options, "--json")
+    assert done.code == 0
+    (rows,) = done.records
+    assert [(r["method"], r["sigma"]) for r in rows] == [
+        ("wavelet", 15), ("wavelet", 50), ("total variation", 15), ("total variation", 50),
+    ]  # fmt: skip
+    for row in rows:
+        psnrs = []
+        for i in range(2):
+            clean = images.read(folder / f"{i}.png").pixels
+            noisy = noisy_version(clean, row["sigma"] / 255, f"/{i}.png", 0)
+            result = methods.method(row["method"])(noisy, row["sigma"] / 255)
+            psnrs.append(picture_psnr(np.clip(result, 0, 1), clean))
+        assert row["psnr"] == pytest.approx(np.mean(psnrs), abs=1e-6)
+        assert row["seconds_per_megapixel"] > 0
+    for two in (rows[:2], rows[2:]):
+        assert two[0]["peak_mb"] == two[1]["peak_mb"]
+
+
+def test_peak_memory_is_that_of_the_method() -> None:
+    """It holds a picture and a result at least, and knows nothing of what this process holds."""
+    ballast = np.ones((500, 1000, 1000), np.uint8)
+    small, large = benchmark.cost(["wavelet"], [0.1, 2.0], threads=1)
+    assert small.peak_mb < large.peak_mb < ballast.nbytes / 1e6
+    assert large.peak_mb > 2 * 2e6 * 3 * 4 / 1e6
+
+
+def test_a_method_that_fails_or_dies() -> None:
+    with benchmark._worker("wavelet", 1) as run, pytest.raises(IndexError):
+        run(np.zeros((8, 8), np.float32), 0.1)
+    with benchmark._worker("wavelet", 1) as run:
+        (worker,) = workers()
+        worker.kill()
+        with pytest.raises(CdnctlError, match=r"'wavelet' died .*8 x 16"):
+            run(np.zeros((16, 8, 3), np.float32), 0.1)
+    assert not workers()
+
+
+def workers() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [p for p in children if any("spawn_main" in part for part in p.cmdline())]
 
 
 # -- the price of the gradient ------------------------------------------------------------------

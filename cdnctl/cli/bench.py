@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdnctl.cli.common import PEAK, Json, Threads, parse_sigmas, start_torch, stderr
+from cdnctl.cli.common import PEAK, Json, Threads, parse_sigmas, progress, start_torch, stderr
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def bench(
     levels = parse_sigmas(sigma)
     start_torch("cpu", threads)
     from cdnctl.batch import expand
-    from cdnctl.benchmark import REFERENCE, available, cost, quality
+    from cdnctl.benchmark import cost, quality
+    from cdnctl.methods import REFERENCE, available
 
     names = available()
     if methods is not None:
@@ -69,10 +70,13 @@ def bench(
         _gradient(names if methods is not None else ["photo"], as_json)
         return
     if folder is not None:
+        files = expand([folder], recursive=True)
+        names = [n for n in names if n != REFERENCE]  # it has no quality
         rows = []
-        for row in quality(expand([folder], recursive=True), names, levels):
-            rows.append(row)
-            stderr().print(f"{row.method}, sigma {row.sigma * PEAK:g}: {row.psnr:.2f} dB")
+        with progress(len(files) * len(names) * len(levels), quiet=False) as advance:
+            for row in quality(files, names, levels, threads=threads, watch=advance):
+                rows.append(row)
+                stderr().print(f"{row.method}, sigma {row.sigma * PEAK:g}: {row.psnr:.2f} dB")
         if as_json:
             print(json.dumps([asdict(r) | {"sigma": r.sigma * PEAK} for r in rows]))
         else:
@@ -139,12 +143,12 @@ def _quality_table(rows: Sequence[Quality]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "sigma", "PSNR", "SSIM", "s per megapixel")
+    table = Table("method", "sigma", "PSNR", "SSIM", "s per megapixel", "peak MB")
     for r in rows:
         ssim = "-" if r.ssim is None else f"{r.ssim:.4f}"
-        table.add_row(
-            r.method, f"{r.sigma * PEAK:g}", f"{r.psnr:.2f}", ssim, f"{r.seconds_per_megapixel:.2f}"
-        )
+        level, psnr = f"{r.sigma * PEAK:g}", f"{r.psnr:.2f}"
+        seconds, peak = f"{r.seconds_per_megapixel:.2f}", f"{r.peak_mb:.0f}"
+        table.add_row(r.method, level, psnr, ssim, seconds, peak)
     Console(highlight=False).print(table)
 
 
