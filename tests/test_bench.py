@@ -78,6 +78,24 @@ def workers() -> list[psutil.Process]:
     return [p for p in children if any("spawn_main" in part for part in p.cmdline())]
 
 
+def test_plot(tmp_path: Path, cdnctl: Run) -> None:
+    write(tmp_path / "in" / "a.png", picture(20, 24))
+    plot = tmp_path / "plot.png"
+    plot.write_text("precious")
+    options = ("bench", "in", "--methods", "wavelet", "--sigma", "10:50:20", "--json", "--plot")
+    done = cdnctl(*options, plot)
+    assert done.code == 2 and "plot.png" in done.err and "--overwrite" in done.err
+    assert plot.read_text() == "precious"
+    assert cdnctl(*options, "plot.xyz").code == 2
+    done = cdnctl(*options, plot, "--overwrite")
+    assert done.code == 0 and [row["sigma"] for row in done.records[0]] == [10, 30, 50]
+    pixels = images.read(plot).pixels
+    assert pixels.shape[1] > 2 * pixels.shape[0], "two panels side by side"
+    blue = (np.rint(255 * pixels) == (31, 119, 180)).all(2)
+    halves = np.array_split(blue, 2, axis=1)
+    assert all(half.any() for half in halves), "the method is in both, in the first colour"
+
+
 # -- the price of the gradient ------------------------------------------------------------------
 
 
@@ -152,6 +170,8 @@ def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--gradient", "--folders"), "--folders, --gradient"),
         (("--gradient", "in"), "FOLDER, --gradient"),
         (("--methods", "photo,nonsense"), "'nonsense'"),
+        (("--plot", "plot.png"), "FOLDER"),
+        (("in", "--sigma", "0:50"), "'0:50'"),
     ],
 )
 def test_usage_errors(cdnctl: Run, options: tuple[str, ...], named: str) -> None:

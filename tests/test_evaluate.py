@@ -22,7 +22,8 @@ from cdnctl import images, restore
 from cdnctl.analysis.attacks import Attack, Budget, robustness
 from cdnctl.api import Model, load
 from cdnctl.cli import main
-from cdnctl.cli.evaluate import parse_attacks, parse_levels
+from cdnctl.cli.common import parse_levels
+from cdnctl.cli.evaluate import parse_attacks
 from cdnctl.errors import UsageError
 from cdnctl.evaluate import (
     Row,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +11,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdnctl.cli.common import PEAK, Json, Threads, parse_sigmas, progress, start_torch, stderr
+from cdnctl.cli.common import (
+    PEAK,
+    Json,
+    Threads,
+    keep_existing,
+    parse_levels,
+    progress,
+    start_torch,
+    stderr,
+)
+from cdnctl.cli.plots import check_plot, curves, draw
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from cdnctl.benchmark import Cost, Quality
 
 
@@ -27,7 +40,7 @@ def bench(
         Path | None, typer.Argument(help="Clean pictures to compare quality on.")
     ] = None,
     sigma: Annotated[
-        str, typer.Option("--sigma", help="Noise levels, 0..255, comma-separated.")
+        str, typer.Option("--sigma", help="Noise levels, 0..255: 15,25,50 or start:stop:step.")
     ] = "15,25,50",
     megapixels: Annotated[
         str, typer.Option("--megapixels", help="Picture sizes for time and memory.")
@@ -35,6 +48,15 @@ def bench(
     methods: Annotated[
         str | None, typer.Option("--methods", help="Only these, comma-separated.")
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", help="Draw quality on FOLDER over sigma, and beside its time: FILE.png."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a plot that exists.")
+    ] = False,
     folders: Annotated[
         bool, typer.Option("--folders", help="Time folders of pictures against a plain loop.")
     ] = False,
@@ -51,7 +73,12 @@ def bench(
     chosen = {"FOLDER": folder is not None, "--folders": folders, "--gradient": gradient}
     if sum(chosen.values()) > 1:
         raise UsageError(f"give one of {', '.join(k for k, v in chosen.items() if v)} at a time")
-    levels = parse_sigmas(sigma)
+    levels = parse_levels(sigma)
+    if plot is not None:
+        if folder is None:
+            raise UsageError("--plot draws quality: give a FOLDER of clean pictures")
+        keep_existing(plot, overwrite)
+        check_plot(plot)
     start_torch("cpu", threads)
     from cdnctl.batch import expand
     from cdnctl.benchmark import cost, quality
@@ -76,9 +103,11 @@ def bench(
         with progress(len(files) * len(names) * len(levels), quiet=False) as advance:
             for row in quality(files, names, levels, threads=threads, watch=advance):
                 rows.append(row)
-                stderr().print(f"{row.method}, sigma {row.sigma * PEAK:g}: {row.psnr:.2f} dB")
+                stderr().print(f"{row.method}, sigma {_scaled(row):g}: {row.psnr:.2f} dB")
+        if plot is not None:
+            _draw(plot, rows)
         if as_json:
-            print(json.dumps([asdict(r) | {"sigma": r.sigma * PEAK} for r in rows]))
+            print(json.dumps([asdict(r) | {"sigma": _scaled(r)} for r in rows]))
         else:
             _quality_table(rows)
         return
@@ -146,10 +175,56 @@ def _quality_table(rows: Sequence[Quality]) -> None:
     table = Table("method", "sigma", "PSNR", "SSIM", "s per megapixel", "peak MB")
     for r in rows:
         ssim = "-" if r.ssim is None else f"{r.ssim:.4f}"
-        level, psnr = f"{r.sigma * PEAK:g}", f"{r.psnr:.2f}"
+        level, psnr = f"{_scaled(r):g}", f"{r.psnr:.2f}"
         seconds, peak = f"{r.seconds_per_megapixel:.2f}", f"{r.peak_mb:.0f}"
         table.add_row(r.method, level, psnr, ssim, seconds, peak)
     Console(highlight=False).print(table)
+
+
+def _draw(path: Path, rows: Sequence[Quality]) -> None:
+    """PSNR over sigma, and PSNR at the middle one of the levels over the time it takes."""
+    methods = list(dict.fromkeys(row.method for row in rows))
+    levels = sorted({row.sigma for row in rows})
+    middle = [row for row in rows if row.sigma == levels[len(levels) // 2]]
+
+    def quality(axes: Axes) -> None:
+        scores: dict[str, dict[float, float]] = {name: {} for name in methods}
+        for row in sorted(rows, key=lambda row: row.sigma):
+            scores[row.method][_scaled(row)] = row.psnr
+        curves(axes, scores, "PSNR (dB)")
+        axes.legend()
+
+    def price(axes: Axes) -> None:
+        for row in middle:
+            place = row.seconds_per_megapixel, row.psnr
+            color = f"C{methods.index(row.method)}"
+            axes.plot(*place, "o", c=color)
+
+            def apart(other: Quality, row: Quality = row) -> float:
+                return abs(math.log(other.seconds_per_megapixel / row.seconds_per_megapixel))
+
+            # Names keep out of each other's way: away from who is next in time.
+            others = [other for other in middle if other is not row]
+            above = all(row.psnr >= other.psnr for other in sorted(others, key=apart)[:1])
+            axes.annotate(
+                row.method,
+                place,
+                (0, 8 if above else -15),
+                textcoords="offset points",
+                ha="center",
+                color=color,
+            )
+        axes.set(xscale="log", xlabel="seconds per megapixel")
+        axes.set_ylabel(f"PSNR (dB) at sigma {_scaled(middle[0]):g}")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.margins(0.2)
+
+    draw(path, [quality, price])
+
+
+def _scaled(row: Quality) -> float:
+    """The noise level on the command line's scale."""
+    return round(row.sigma * PEAK, 4)
 
 
 def _cost_table(rows: Sequence[Cost], reference: str) -> None:

@@ -124,9 +124,24 @@ def parse_sigma(text: str) -> float | None:
     return value / PEAK
 
 
-def parse_sigmas(text: str) -> list[float]:
-    """Comma-separated noise levels, 0..255, in [0, 1]."""
-    levels = [parse_sigma(part.strip()) for part in text.split(",") if part.strip()]
+def parse_levels(text: str) -> list[float]:
+    """Noise levels in [0, 1]: comma-separated, 0..255, each a number or start:stop:step."""
+    parts: list[str] = []
+    for part in text.split(","):
+        if ":" not in part:
+            parts.append(part)
+            continue
+        try:
+            start, stop, step = (float(number) for number in part.split(":"))
+            count = math.floor((stop - start) / step + 1e-9)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            count = -1
+        if not 0 <= count <= PEAK:
+            raise UsageError(
+                f"{part!r} in --sigma {text!r} is not start:stop:step, such as 0:100:10"
+            )
+        parts += [f"{start + i * step:g}" for i in range(count + 1)]
+    levels = [parse_sigma(part.strip()) for part in parts if part.strip()]
     if not levels or None in levels:
         raise UsageError(f"sigma is {text!r}, but must be numbers such as 15,25,50")
     return [level for level in levels if level is not None]
@@ -163,6 +178,22 @@ def parse_size(text: str) -> int:
     if not 1 <= size < 2**60:
         raise UsageError(f"--memory is {text!r}, but must be an amount such as 500M or 2G")
     return int(size)
+
+
+def keep_existing(path: Path, overwrite: bool) -> None:
+    """UsageError if a file is there that ``overwrite`` does not give away."""
+    if path.exists() and not overwrite:
+        raise UsageError(f"{str(path)!r} exists: give --overwrite to replace it")
+
+
+def save(path: Path, data: bytes) -> None:
+    """Write a whole file or none; UsageError if its place does not take it."""
+    from cdnctl.checkpoints import write_atomically
+
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
 
 
 class Progress:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,14 +21,19 @@ from cdnctl.cli.common import (
     Json,
     Quiet,
     Threads,
-    parse_sigmas,
+    keep_existing,
+    parse_levels,
     progress,
     report_error,
+    save,
     start_torch,
 )
-from cdnctl.errors import ImageError, SetupError, UsageError
+from cdnctl.cli.plots import check_plot, curves, draw
+from cdnctl.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from cdnctl.analysis.attacks import Attack, Budget, Robustness
     from cdnctl.analysis.ood import Separation
     from cdnctl.api import Model
@@ -147,10 +153,11 @@ def evaluate(
     default = {"--attack": "0", "--ood": "0,25", None: "15,25,50"}[mode]
     levels = parse_levels(default if sigma is None else sigma)
     for path in filter(None, (csv_file, plot)):
-        if path.exists() and not overwrite:
-            raise UsageError(f"{str(path)!r} exists: give --overwrite to replace it")
+        keep_existing(path, overwrite)
     if plot is not None:
-        _check_plot(plot, noisy)
+        if noisy is not None:
+            raise UsageError("--plot draws scores over sigma, but --noisy pictures have one each")
+        check_plot(plot)
     torch_device = start_torch(device, threads)
     from cdnctl.selection import Models
 
@@ -344,26 +351,6 @@ def _measure_ood(run: _Run, others: Sequence[str]) -> None:
         run.report(model, "ood", rows, {"size": side, "noise": "gaussian, not clipped"})
 
 
-def parse_levels(text: str) -> list[float]:
-    """Noise levels in [0, 1]: comma-separated, 0..255, each a number or start:stop:step."""
-    parts: list[str] = []
-    for part in text.split(","):
-        if ":" not in part:
-            parts.append(part)
-            continue
-        try:
-            start, stop, step = (float(number) for number in part.split(":"))
-            count = math.floor((stop - start) / step + 1e-9)
-        except (ValueError, ZeroDivisionError, OverflowError):
-            count = -1
-        if not 0 <= count <= PEAK:
-            raise UsageError(
-                f"{part!r} in --sigma {text!r} is not start:stop:step, such as 0:100:10"
-            )
-        parts += [f"{start + i * step:g}" for i in range(count + 1)]
-    return parse_sigmas(",".join(parts))
-
-
 def parse_attacks(texts: Sequence[str]) -> list[Attack]:
     """Attacks such as linf:1,2,4,l2:0.5. Radii of linf and square are 0..255."""
     from cdnctl.analysis.attacks import Attack
@@ -421,57 +408,27 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    _save(path, text.getvalue().encode())
-
-
-def _save(path: Path, data: bytes) -> None:
-    from cdnctl.checkpoints import write_atomically
-
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
-
-
-def _check_plot(path: Path, noisy: Path | None) -> None:
-    """Refuse what cannot be drawn before anything is measured."""
-    if noisy is not None:
-        raise UsageError("--plot draws scores over sigma, but --noisy pictures have one each")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SetupError('--plot needs an extra package; run: pip install "cdnctl[plot]"') from None
-    known = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise UsageError(f"cannot draw {str(path)!r}: its suffix must be one of {', '.join(known)}")
+    save(path, text.getvalue().encode())
 
 
 def _draw(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     """PSNR and accuracy of every model over sigma, as far as there is any."""
-    from matplotlib.figure import Figure
-
-    def curve(model: str, key: str) -> list[list[float]]:
-        rows = [row for row in table if row["model"] == model and row[key] is not None]
-        return [[row["sigma"] for row in rows], [row[key] for row in rows]]
-
-    models = list(dict.fromkeys(row["model"] for row in table))
     titles = {"psnr": "PSNR (dB)", "accuracy": "accuracy"}
-    shown = [key for key in titles if any(row[key] is not None for row in table)]
-    figure = Figure(figsize=(5 * max(len(shown), 1), 4), layout="constrained")
-    for i, key in enumerate(shown):
-        axes = figure.add_subplot(1, len(shown), i + 1)
-        drawn = [model for model in models if curve(model, key)[0]]
-        for model in drawn:
-            # One colour per model in both plots, whether it can do both or not.
-            axes.plot(*curve(model, key), "o-", ms=3, c=f"C{models.index(model)}", label=model)
+    models = list(dict.fromkeys(row["model"] for row in table))
+
+    def panel(key: str, axes: Axes) -> None:
+        scores: dict[str, dict[float, float]] = {model: {} for model in models}
+        for row in table:
+            if row[key] is not None:
+                scores[row["model"]][row["sigma"]] = row[key]
+        curves(axes, scores, titles[key])
         if key == "psnr":
-            axes.plot(*curve(drawn[0], "psnr_noisy"), ":", c="gray", label="noisy")
-        axes.set(xlabel="sigma (0..255)", ylabel=titles[key])
-        axes.grid(alpha=0.3)
+            noisy = {row["sigma"]: row["psnr_noisy"] for row in table if row[key] is not None}
+            axes.plot(list(noisy), list(noisy.values()), ":", c="gray", label="noisy")
         axes.legend()
-    data = io.BytesIO()
-    figure.savefig(data, format=path.suffix[1:].lower(), dpi=150)
-    _save(path, data.getvalue())
+
+    shown = [key for key in titles if any(row[key] is not None for row in table)]
+    draw(path, [partial(panel, key) for key in shown])
 
 
 _TITLES = {

@@ -1,0 +1,48 @@
+"""Figures of the commands, by matplotlib, which is an extra."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cdnctl.cli.common import save
+from cdnctl.errors import SetupError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def check_plot(path: Path) -> None:
+    """Refuse what cannot be drawn before anything is measured."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SetupError('--plot needs an extra package; run: pip install "cdnctl[plot]"') from None
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise UsageError(f"cannot draw {str(path)!r}: its suffix must be one of {', '.join(known)}")
+
+
+def draw(path: Path, panels: Sequence[Callable[[Axes], None]]) -> None:
+    """Panels side by side, each drawn by a function of its axes, as a file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * max(len(panels), 1), 4), layout="constrained")
+    for i, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        axes.grid(alpha=0.3)
+        panel(axes)
+    data = io.BytesIO()
+    figure.savefig(data, format=path.suffix[1:].lower(), dpi=150)
+    save(path, data.getvalue())
+
+
+def curves(axes: Axes, scores: Mapping[str, Mapping[float, float]], name: str) -> None:
+    """A score over sigma, 0..255, a line each. Where there is none its colour is left free, so
+    that all panels of a figure agree."""
+    for i, (label, line) in enumerate(scores.items()):
+        if line:
+            axes.plot(list(line), list(line.values()), "o-", ms=3, c=f"C{i}", label=label)
+    axes.set(xlabel="sigma (0..255)", ylabel=name)
