@@ -299,7 +299,7 @@ class Batch:
             image = images.decode(data, str(job.source))
             sigma = self.settings.sigma
             if sigma is None:
-                sigma = estimate_sigma(image.samples)
+                sigma = estimate_sigma(image.samples, image.alpha)
             origin = Origin(digest(data), len(data), time_of_input)
             return _Loaded(job, image, sigma, origin, time.monotonic() - started)
         except ImageError as error:

@@ -117,8 +117,8 @@ class _Done:
 def _worker(name: str, threads: int | None) -> Iterator[Callable[[np.ndarray, float], _Done]]:
     """A method in a process of its own, as a function of a noisy picture and sigma.
 
-    Pictures go there and back as files: their passage costs no memory there. Where the method
-    fails its error is raised; CdnctlError if the process dies, of too little memory maybe.
+    Pictures go there and back as files: their passage costs no memory there. CdnctlError if
+    the method fails, or its process dies.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -130,17 +130,18 @@ def _worker(name: str, threads: int | None) -> Iterator[Callable[[np.ndarray, fl
 
         def run(noisy: np.ndarray, sigma: float) -> _Done:
             np.save(place / "noisy.npy", noisy)
+            about = f"{name!r}, sigma {sigma:.3g}, {noisy.shape[1]} x {noisy.shape[0]} pixels"
             try:
                 here.send(sigma)
                 answer = here.recv()
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 process.join()
                 raise CdnctlError(
-                    f"{name!r} died on a picture of {noisy.shape[1]} x {noisy.shape[0]} pixels "
-                    f"(exit code {process.exitcode}; -9: too little memory): give a smaller one"
+                    f"{about}: the process died (exit code {process.exitcode}; -9 is mostly too "
+                    "little memory); leave the method out with --methods"
                 ) from None
-            if isinstance(answer, Exception):
-                raise answer
+            if isinstance(answer, str):
+                raise CdnctlError(f"{about}: {answer}; leave the method out with --methods")
             return _Done(np.load(place / "result.npy"), *answer)
 
         try:
@@ -171,8 +172,8 @@ def _work(connection: Connection, name: str, threads: int | None, place: Path) -
             del noisy, result
     except EOFError:
         pass
-    except Exception as error:
-        connection.send(error)
+    except Exception as error:  # whatever a foreign method raises
+        connection.send(f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)

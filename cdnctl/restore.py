@@ -202,16 +202,18 @@ def _clipped(part: slice, size: int) -> slice:
     return slice(part.start, min(part.stop, size))
 
 
-def estimate_sigma(pixels: np.ndarray) -> float:
+def estimate_sigma(pixels: np.ndarray, alpha: np.ndarray | None = None) -> float:
     """Standard deviation of the noise in pixels (H, W, C), in [0, 1] pixel units, by
     scikit-image's wavelet estimator (Donoho and Johnstone 1994), averaged over channels.
 
-    Any dtype, see `images.to_unit`. Large pictures are judged by a sample of them. 0 for
-    pictures too small or too flat to tell.
+    Any dtype, see `images.to_unit`. Large pictures are judged by a sample of them, and not by
+    what alpha (H, W) hides. 0 for pictures too small or too flat to tell.
     """
     from skimage.restoration import estimate_sigma as estimate
 
     pixels = images.to_unit(_sample(pixels))
+    if alpha is not None:
+        pixels[_sample(alpha) == 0] = 0  # the estimator leaves out coefficients that are zero
     if min(pixels.shape[:2]) < 4:
         return 0.0
     with images.quiet:  # flat pictures: the mean of nothing
@@ -220,7 +222,7 @@ def estimate_sigma(pixels: np.ndarray) -> float:
 
 
 def _sample(pixels: np.ndarray, side: int = 256, count: int = 8) -> np.ndarray:
-    """At most count x count evenly spaced squares of a picture, (H, W, C), as a mosaic.
+    """At most count x count evenly spaced squares of a picture, (H, W, ...), as a mosaic.
 
     Each starts at even rows and columns, so that wavelets of two pixels see the same pairs.
     """
@@ -318,7 +320,7 @@ def restore(
     _need_denoiser(model)
     if batch_size(*image.samples.shape[:2]) > 1:
         return restore_batch([image], model, settings)[0]
-    sigma = estimate_sigma(image.samples) if settings.sigma is None else settings.sigma
+    sigma = estimate_sigma(image.samples, image.alpha) if settings.sigma is None else settings.sigma
     tile = settings.tile or default_tile(model, settings.memory)
     field = Field(model, image.samples, sigma, tile, watch)
     while True:
@@ -374,7 +376,7 @@ def restore_batch(
     _need_denoiser(model)
     if sigmas is None:
         given = settings.sigma
-        sigmas = [estimate_sigma(p.samples) if given is None else given for p in pictures]
+        sigmas = [estimate_sigma(p.samples, p.alpha) if given is None else given for p in pictures]
     fields = [Field(model, p.samples, s) for p, s in zip(pictures, sigmas, strict=True)]
     first = fields[0]
     count = batch_size(first.height, first.width)
@@ -415,7 +417,7 @@ def classify(image: Image, model: Model, sigma: float | None = None) -> Restored
     """Posterior over classes of one picture, and the noise level used."""
     if not model.module.classifies:
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
-    sigma = estimate_sigma(image.samples) if sigma is None else sigma
+    sigma = estimate_sigma(image.samples, image.alpha) if sigma is None else sigma
     field = Field(model, image.samples, sigma, default_tile(model, None))
     with memory_errors(field):
         logits = field.logits()

@@ -14,6 +14,7 @@ from cdnctl.analysis.evidence import evidence, overlay
 from cdnctl.analysis.uncertainty import posterior_std, uncertainty
 from cdnctl.api import Model
 from cdnctl.errors import UnknownClassError, UsageError
+from cdnctl.images import Image
 from cdnctl.restore import Settings
 
 SIGMA = 0.2
@@ -177,7 +178,7 @@ def test_whole_pictures(tmp_path: Path, channels: int, size: tuple[int, int]) ->
     """An exact Gaussian model: sigma sqrt(a) everywhere, over tiles and their seams too."""
     exact = tiny(tmp_path, gaussian=True)
     y = noisy_picture(*size, channels)
-    std, sigma = posterior_std(y, exact, Settings(SIGMA, tile=70), probes=2)
+    std, sigma = posterior_std(Image.of(y, np.float32), exact, Settings(SIGMA, tile=70), probes=2)
     seen = SIGMA * (3**0.5 if channels == 1 else 1)
     a = 0.25**2 / (0.25**2 + seen**2)
     assert sigma == SIGMA and std.shape == (*size, 1)
@@ -185,7 +186,7 @@ def test_whole_pictures(tmp_path: Path, channels: int, size: tuple[int, int]) ->
 
 
 def test_whole_pictures_repeat_and_follow_the_class(model: Model) -> None:
-    y = noisy_picture(20, 24)
+    y = Image.of(noisy_picture(20, 24), np.float32)
     first, _ = posterior_std(y, model, Settings(SIGMA), probes=4)
     again, _ = posterior_std(y, model, Settings(SIGMA), probes=4)
     other, _ = posterior_std(y, model, Settings(SIGMA, target={"dog": 1.0}), probes=4)

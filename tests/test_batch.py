@@ -408,10 +408,10 @@ def test_memory_that_runs_out_while_reading_costs_that_file(
     write(tmp_path / "in" / "large.png", noisy_picture(30, 30))
     estimate = estimate_sigma
 
-    def greedy(samples: np.ndarray) -> float:
+    def greedy(samples: np.ndarray, alpha: np.ndarray | None) -> float:
         if samples.shape[0] == 30:
             raise MemoryError
-        return estimate(samples)
+        return estimate(samples, alpha)
 
     monkeypatch.setattr("cdnctl.batch.estimate_sigma", greedy)
     jobs = plan([tmp_path / "in"], tmp_path / "out", False)

@@ -63,12 +63,15 @@ def test_peak_memory_is_that_of_the_method() -> None:
 
 
 def test_a_method_that_fails_or_dies() -> None:
-    with benchmark._worker("wavelet", 1) as run, pytest.raises(IndexError):
-        run(np.zeros((8, 8), np.float32), 0.1)
+    with (
+        benchmark._worker("wavelet", 1) as run,
+        pytest.raises(CdnctlError, match=r"'wavelet'.*8 x 16.*IndexError"),
+    ):
+        run(np.zeros((16, 8), np.float32), 0.1)
     with benchmark._worker("wavelet", 1) as run:
         (worker,) = workers()
         worker.kill()
-        with pytest.raises(CdnctlError, match=r"'wavelet' died .*8 x 16"):
+        with pytest.raises(CdnctlError, match=r"'wavelet'.*8 x 16.* died"):
             run(np.zeros((16, 8, 3), np.float32), 0.1)
     assert not workers()
 
@@ -172,6 +175,7 @@ def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--methods", "photo,nonsense"), "'nonsense'"),
         (("--plot", "plot.png"), "FOLDER"),
         (("in", "--sigma", "0:50"), "'0:50'"),
+        (("in", "--sigma", "0:50:25"), "sigma 0"),
     ],
 )
 def test_usage_errors(cdnctl: Run, options: tuple[str, ...], named: str) -> None:

@@ -307,6 +307,17 @@ def test_estimate_of_synthetic_noise(sigma: float, channels: int) -> None:
     assert estimate_sigma((smooth + noise).astype(np.float32)) == pytest.approx(sigma, rel=0.1)
 
 
+@pytest.mark.parametrize("hidden", [0.3, 0.9])
+def test_estimate_of_what_is_visible(hidden: float) -> None:
+    """What alpha hides is filled from what it shows, and does not count."""
+    y = 0.5 + np.random.default_rng(0).normal(0, 0.1, (600, 600, 3))
+    alpha = np.full(y.shape[:2], 255, np.uint8)
+    alpha[: int(hidden * 600)] = 0
+    y[alpha == 0] = 0.5
+    assert estimate_sigma(y, alpha) == pytest.approx(0.1, rel=0.05)
+    assert estimate_sigma(y, np.zeros_like(alpha)) == 0
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (3, 3), (2, 50)])
 def test_estimate_of_tiny_pictures_is_zero(size: tuple[int, int]) -> None:
     assert estimate_sigma(noisy_picture(*size)) == 0

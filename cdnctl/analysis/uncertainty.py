@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from cdnctl.api import Model
+from cdnctl.images import Image
 from cdnctl.restore import Field, Settings, class_weights, estimate_sigma
 
 WINDOW = 9  # pixels, over which the variances of a whole picture are averaged
@@ -64,16 +65,17 @@ def uncertainty(
 
 
 def posterior_std(
-    pixels: np.ndarray, model: Model, settings: Settings, probes: int = 24, seed: int = 0
+    image: Image, model: Model, settings: Settings, probes: int = 24, seed: int = 0
 ) -> tuple[np.ndarray, float]:
     """Uncertainty of a whole picture, tile by tile, and the noise level used.
 
-    pixels: (H, W, C), any dtype, see `images.to_unit`. Returns the posterior standard deviation of
-    each pixel, float32 (H, W, 1) in the unit of the pixels (root mean square over
-    channels, variances averaged over 9 x 9 pixels), and sigma.
+    Returns the posterior standard deviation of each pixel, float32 (H, W, 1) in [0, 1] pixel
+    units (root mean square over channels, variances averaged over 9 x 9 pixels), and sigma.
     """
-    sigma = estimate_sigma(pixels) if settings.sigma is None else settings.sigma
-    field = Field(model, pixels, sigma, settings.tile)
+    sigma = settings.sigma
+    if sigma is None:
+        sigma = estimate_sigma(image.samples, image.alpha)
+    field = Field(model, image.samples, sigma, settings.tile)
     with torch.no_grad():
         weights = class_weights(model, field.logits(), settings)
     generator = torch.Generator().manual_seed(seed)

@@ -74,6 +74,8 @@ def bench(
     if sum(chosen.values()) > 1:
         raise UsageError(f"give one of {', '.join(k for k, v in chosen.items() if v)} at a time")
     levels = parse_levels(sigma)
+    if 0 in levels:
+        raise UsageError(f"sigma 0 in {sigma!r} leaves nothing to remove: give levels above it")
     if plot is not None:
         if folder is None:
             raise UsageError("--plot draws quality: give a FOLDER of clean pictures")

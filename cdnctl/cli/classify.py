@@ -119,7 +119,7 @@ def explain(
     models = Models(model, torch_device, [] if label is None else [label])
     image = images.read(source)
     chosen = models.pick(*image.samples.shape[:2])
-    noise = estimate_sigma(image.samples) if level is None else level
+    noise = estimate_sigma(image.samples, image.alpha) if level is None else level
     found = evidence(chosen, image.samples, noise, label)
     images.write(images.Image.of(overlay(image.pixels, found.support)), output)
     if not quiet:

@@ -298,8 +298,8 @@ def _write_uncertainty(job: Job, path: Path, models: Models, settings: Settings)
     from cdnctl import images
     from cdnctl.analysis.uncertainty import posterior_std
 
-    pixels = images.read(job.source).samples
-    std, sigma = posterior_std(pixels, models.pick(*pixels.shape[:2]), settings)
+    image = images.read(job.source)
+    std, sigma = posterior_std(image, models.pick(*image.samples.shape[:2]), settings)
     if path.suffix.lower() in (".tif", ".tiff"):
         result = images.Image.of(std, np.float32)
     else:
