@@ -130,7 +130,7 @@ def _worker(name: str, threads: int | None) -> Iterator[Callable[[np.ndarray, fl
 
         def run(noisy: np.ndarray, sigma: float) -> _Done:
             np.save(place / "noisy.npy", noisy)
-            about = f"{name!r}, sigma {sigma:.3g}, {noisy.shape[1]} x {noisy.shape[0]} pixels"
+            about = f"{name!r}, {noisy.shape[1]} x {noisy.shape[0]} pixels"
             try:
                 here.send(sigma)
                 answer = here.recv()

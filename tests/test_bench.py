@@ -174,10 +174,12 @@ def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--gradient", "in"), "FOLDER, --gradient"),
         (("--methods", "photo,nonsense"), "'nonsense'"),
         (("--plot", "plot.png"), "FOLDER"),
+        ((".", "--methods", methods.REFERENCE), "no quality"),
         (("in", "--sigma", "0:50"), "'0:50'"),
         (("in", "--sigma", "0:50:25"), "sigma 0"),
     ],
 )
-def test_usage_errors(cdnctl: Run, options: tuple[str, ...], named: str) -> None:
+def test_usage_errors(tmp_path: Path, cdnctl: Run, options: tuple[str, ...], named: str) -> None:
+    write(tmp_path / "a.png")
     done = cdnctl("bench", *options)
     assert done.code == 2 and named in done.err and not done.out

@@ -100,7 +100,9 @@ def bench(
         return
     if folder is not None:
         files = expand([folder], recursive=True)
-        names = [n for n in names if n != REFERENCE]  # it has no quality
+        names = [n for n in names if n != REFERENCE]
+        if not names:
+            raise UsageError(f"{REFERENCE!r} has random weights: it has a speed, but no quality")
         rows = []
         with progress(len(files) * len(names) * len(levels), quiet=False) as advance:
             for row in quality(files, names, levels, threads=threads, watch=advance):
