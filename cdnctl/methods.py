@@ -1,4 +1,4 @@
-"""Denoising methods by name: the bundled models, classical ones, and a yardstick of time."""
+"""Denoising methods by name: the bundled models, classical ones, and yardsticks of time."""
 
 from __future__ import annotations
 
@@ -53,31 +53,41 @@ def _bm3d(noisy: np.ndarray, sigma: float) -> np.ndarray:
 
 
 class PlainStack(nn.Module):
-    """The shape of CDnCNN-B (Zhang et al. 2017): 20 convolutions of 64 channels, 0.67 million
-    multiply-adds per pixel. Weights are random: it is a yardstick of time, not of quality."""
+    """A stack of 3x3 convolutions with ReLU, on a picture whose squares of fold x fold pixels
+    are channels. Weights are random: it is a yardstick of time, not of quality."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int, width: int, fold: int):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU()]
-        for _ in range(18):
-            layers += [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(64, 3, 3, padding=1))
+        torch.manual_seed(0)
+        self.fold, ends = fold, 3 * fold**2
+        layers: list[nn.Module] = [nn.Conv2d(ends, width, 3, padding=1), nn.ReLU()]
+        for _ in range(depth - 2):
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+        self.layers = nn.Sequential(
+            nn.PixelUnshuffle(fold),
+            *layers,
+            nn.Conv2d(width, ends, 3, padding=1),
+            nn.PixelShuffle(fold),
+        )
+        self.margin = depth * fold
 
     def run(self, noisy: np.ndarray, sigma: float) -> np.ndarray:
-        """A pass over tiles of 256 pixels with a margin of 20."""
+        """A pass over tiles of 256 pixels with a margin of the receptive radius."""
         y = torch.from_numpy(noisy.transpose(2, 0, 1).copy())
-        plan = tiles.plan(y.shape[1], y.shape[2], 296, 20, 1)
+        height, width = y.shape[1:]
+        y = nn.functional.pad(y, (0, -width % self.fold, 0, -height % self.fold))
+        plan = tiles.plan(y.shape[1], y.shape[2], 256 + 2 * self.margin, self.margin, self.fold)
         with torch.no_grad():
             parts = tiles.run(self.layers, lambda box: y[(..., *box)], plan, torch.device("cpu"))
             out = torch.empty_like(y)
             for place, part in parts:
                 out[(..., *place)] = part
-        return out.permute(1, 2, 0).numpy()
+        return out[:, :height, :width].permute(1, 2, 0).numpy()
 
 
 def _with_model(model: Model) -> Method:
     def run(noisy: np.ndarray, sigma: float) -> np.ndarray:
-        return restore(images.Image(noisy), model, Settings(sigma)).image.pixels
+        return restore(images.Image(noisy), model, Settings(sigma)).image.samples
 
     return run
 
@@ -89,20 +99,25 @@ CLASSICAL: Mapping[str, Method] = {
     "BM3D": _bm3d,
 }
 
+# Depth, width and fold: 0.67 and 0.21 million multiply-adds a pixel.
+YARDSTICKS = {
+    REFERENCE: (20, 64, 1),  # Zhang et al. 2017, arXiv 1608.03981
+    "FFDNet (shape)": (12, 96, 2),  # Zhang et al. 2018, arXiv 1710.04026
+}
+
 
 def available() -> list[str]:
-    """Names of all methods: bundled models, classical methods, the yardstick of time.
+    """Names of all methods: bundled models, classical methods, the yardsticks of time.
 
     BM3D takes part if the package bm3d is there (its licence is for research only,
     so it is not a dependency).
     """
     classical = [name for name in CLASSICAL if name != "BM3D" or importlib.util.find_spec("bm3d")]
-    return [*bundled(), *classical, REFERENCE]
+    return [*bundled(), *classical, *YARDSTICKS]
 
 
 def method(name: str) -> Method:
     """A method by name."""
-    if name == REFERENCE:
-        torch.manual_seed(0)
-        return PlainStack().run
+    if name in YARDSTICKS:
+        return PlainStack(*YARDSTICKS[name]).run
     return CLASSICAL[name] if name in CLASSICAL else _with_model(load(name))

@@ -54,6 +54,24 @@ def test_quality_is_that_of_the_method(tmp_path: Path, cdnctl: Run) -> None:
         assert two[0]["peak_mb"] == two[1]["peak_mb"]
 
 
+@pytest.mark.parametrize("name", methods.YARDSTICKS)
+def test_yardsticks_in_tiles_do_the_work_of_the_whole(name: str) -> None:
+    stack = methods.PlainStack(*methods.YARDSTICKS[name])
+    noisy = np.random.default_rng(0).random((333, 401, 3), np.float32)
+    whole = torch.nn.functional.pad(torch.from_numpy(noisy).permute(2, 0, 1), (0, 1, 0, 1))
+    if stack.fold == 1:
+        whole = whole[:, :-1, :-1]
+    with torch.no_grad():
+        expected = stack.layers(whole[None])[0, :, :333, :401].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(stack.run(noisy, 0.1), expected, atol=1e-5)
+
+
+def test_models_keep_the_samples_of_a_picture() -> None:
+    """Whole numbers come back as such: floats in their place would count as memory."""
+    noisy = np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8)
+    assert methods.method("photo")(noisy, 0.1).dtype == np.uint8
+
+
 def test_peak_memory_is_that_of_the_method() -> None:
     """It holds a picture and a result at least, and knows nothing of what this process holds."""
     ballast = np.ones((500, 1000, 1000), np.uint8)

@@ -84,7 +84,7 @@ def bench(
     start_torch("cpu", threads)
     from cdnctl.batch import expand
     from cdnctl.benchmark import cost, quality
-    from cdnctl.methods import REFERENCE, available
+    from cdnctl.methods import REFERENCE, YARDSTICKS, available
 
     names = available()
     if methods is not None:
@@ -100,9 +100,9 @@ def bench(
         return
     if folder is not None:
         files = expand([folder], recursive=True)
-        names = [n for n in names if n != REFERENCE]
-        if not names:
-            raise UsageError(f"{REFERENCE!r} has random weights: it has a speed, but no quality")
+        if methods is not None and set(names) <= set(YARDSTICKS):
+            raise UsageError(f"{names[0]!r} has random weights: it has a speed, but no quality")
+        names = [n for n in names if n not in YARDSTICKS]
         rows = []
         with progress(len(files) * len(names) * len(levels), quiet=False) as advance:
             for row in quality(files, names, levels, threads=threads, watch=advance):
