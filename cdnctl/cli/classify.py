@@ -17,6 +17,7 @@ from cdnctl.cli.common import (
     Recursive,
     SigmaOption,
     Threads,
+    keep_existing,
     parse_sigma,
     progress,
     report_error,
@@ -102,8 +103,7 @@ def explain(
 ) -> None:
     """Show which pixels speak for a class (red) and against it (blue)."""
     level = parse_sigma(sigma)
-    if output.exists() and not overwrite:
-        raise UsageError(f"{str(output)!r} exists: give --overwrite to replace it")
+    keep_existing(output, overwrite)
     torch_device = start_torch(device, threads)
     from cdnctl import images
     from cdnctl.analysis.evidence import evidence, overlay

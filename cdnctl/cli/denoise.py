@@ -25,6 +25,7 @@ from cdnctl.cli.common import (
     SigmaOption,
     Threads,
     class_names,
+    keep_existing,
     parse_class,
     parse_sigma,
     parse_size,
@@ -256,8 +257,8 @@ def _pipe(
 
     if len(inputs) != 1 or output is None:
         raise UsageError("with - give exactly one input and an output: cdnctl denoise - -o out.png")
-    if output != STDIO and output.exists() and not overwrite:
-        raise UsageError(f"{str(output)!r} exists: give --overwrite to replace it")
+    if output != STDIO:
+        keep_existing(output, overwrite)
     source = inputs[0]
     image = images.read(sys.stdin.buffer if source == STDIO else source)
     started = time.monotonic()
@@ -288,8 +289,7 @@ def _check_uncertainty(path: Path, jobs: list[Job], overwrite: bool) -> None:
         raise UsageError(f"--uncertainty {str(path)!r} is the picture itself or its output")
     if path.suffix.lower() not in WRITE_SUFFIXES:
         raise UsageError(f"--uncertainty {str(path)!r} must be a .png or a .tif file")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{str(path)!r} exists: give --overwrite to replace it")
+    keep_existing(path, overwrite)
 
 
 def _write_uncertainty(job: Job, path: Path, models: Models, settings: Settings) -> None:

@@ -161,6 +161,7 @@ def _probe(
     from rich.table import Table
 
     table = Table("way", "pictures/s", "first, s", "GPU GB", "loss off", "gradient off", "")
+    table.columns[0].no_wrap = True
     for t in trials:
         table.add_row(*_trial_cells(t, t is best))
     console = Console(highlight=False)
