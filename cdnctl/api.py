@@ -105,7 +105,7 @@ class Model:
         """p(c | y): (B, K), or (K,) for a single picture."""
         self._need("classifies", "classify")
         with torch.no_grad():
-            return self._batched(y, lambda b: joint.posterior(self.module, b, sigma))
+            return self._batched(y, lambda b: self.module.class_scores(b, sigma).softmax(1))
 
     def log_prob(self, y: Tensor, sigma: Tensor | float, c: ClassSpec = None) -> Tensor:
         """log p(y) or, given a class, log p(y, c), in nats up to a constant: (B,) or a scalar.

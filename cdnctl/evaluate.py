@@ -263,8 +263,7 @@ class _Batch:
         module = self.model.module
         if self.tiled:
             return self.field.logits()[None]
-        features = module.class_features(self.y, self.seen)
-        return module.head.linear(features.mean((2, 3)))[: self.count].cpu()
+        return module.class_scores(self.y, self.seen)[: self.count].cpu()
 
     def solve(self, weights: Tensor | None = None) -> tuple[np.ndarray, Tensor]:
         """Corrections, (n, H, W, C), for class weights (n, K) or the posterior; class scores."""

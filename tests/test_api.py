@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,14 @@ def test_posterior_and_log_prob_are_those_of_the_core(model: Model) -> None:
         torch.testing.assert_close(model.log_prob(y, SIGMA, name), f[:, c])
     mixed = model.log_prob(y, SIGMA, {"cat": 1, "dog": 3})
     torch.testing.assert_close(mixed, (f[:, :2] + torch.tensor([0.25, 0.75]).log()).logsumexp(1))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-3])
+def test_posterior_is_exact_at_low_noise(model: Model, sigma: float) -> None:
+    """The joint density in float32 would round the classes away."""
+    y = batch()
+    exact = copy.deepcopy(model.module).double().class_scores(y.double(), sigma).softmax(1)
+    torch.testing.assert_close(model.posterior(y, sigma).double(), exact, atol=1e-6, rtol=1e-4)
 
 
 def test_a_call_denoises(model: Model) -> None:

@@ -313,6 +313,7 @@ def test_class_features_are_what_the_class_scores_are_made_of(arch: str, norm: s
     features = net.class_features(y, SIGMA)
     assert features.shape == (2, config.head, 5, 6)  # 9x11 in cells of 2x2
     close(net.head.linear(features.mean((2, 3))), net(y, SIGMA)[1], 1e-5)
+    close(net.class_scores(y, SIGMA), net(y, SIGMA)[1], 1e-5)
 
 
 def test_classes_of_one_task_baselines() -> None:

@@ -258,16 +258,13 @@ def log_posterior(model: Model, sigma: float, draws: int = 0, seed: int = 0) -> 
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
 
     def one(y: Tensor) -> Tensor:
-        # Class scores alone: in the joint density they would drown in the energy at low sigma.
         for axis in (2, 3):
             size = y.shape[axis]
             mirrored = np.pad(
                 np.arange(size), (0, -size % module.config.multiple), mode="symmetric"
             )
             y = y.index_select(axis, torch.from_numpy(mirrored).to(y.device))
-        features = module.class_features(y, sigma).mean((2, 3))
-        scores: Tensor = module.head.linear(features)
-        return scores.log_softmax(1)
+        return module.class_scores(y, sigma).log_softmax(1)
 
     def averaged(y: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

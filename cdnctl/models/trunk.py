@@ -336,3 +336,12 @@ class Network(nn.Module):
             last = features
         top: Tensor = self.head.features(last)[0]
         return top.to(y.dtype)
+
+    def class_scores(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+        """Class scores l_c, (B, K): log p(c | y) up to a function of y.
+
+        They are exact where the joint density is not: beside its energy, of the order of
+        1 / sigma^2, the differences between classes drown in rounding.
+        """
+        scores: Tensor = self.head.linear(self.class_features(y, sigma).mean((2, 3)))
+        return scores
