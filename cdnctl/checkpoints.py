@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
@@ -41,7 +41,8 @@ class Header:
     classes: tuple[str, ...]
     sigma_range: tuple[float, float]  # noise levels seen in training, in [0, 1] pixel units
     patch: int  # side of the training crops, in pixels
-    training: Mapping[str, Any] = field(default_factory=dict)  # config, steps, pictures, seconds
+    # config, steps, pictures, seconds, and those of the weights that it started_from, if any
+    training: Mapping[str, Any] = field(default_factory=dict)
     data: str = ""
     licence: str = "MIT"
     version: str = ""  # of cdnctl
@@ -232,6 +233,17 @@ def export(source: Path, target: Path, scores: Mapping[str, Any], half: bool = F
     write_atomically(target.with_suffix(".md"), card(target).encode())
 
 
+def _budgets(training: Mapping[str, Any]) -> Iterator[str]:
+    """What a training took, and those that it started from."""
+    yield (
+        f"- budget: {training.get('steps', 0)} steps, {training.get('pictures', 0)} pictures, "
+        f"{training.get('seconds', 0) / 60:.0f} minutes"
+    )
+    if before := training.get("started_from"):
+        yield f"- started from weights {before['weights']}, of training data {before['data']}"
+        yield from _budgets(before["training"])
+
+
 def card(path: Path) -> str:
     """Model card in the form of the Hugging Face hub, made of the header alone."""
     header, state = _open(path)
@@ -240,7 +252,13 @@ def card(path: Path) -> str:
             check_scores(report)
         except ValueError as error:
             raise WeightsError(f"{str(path)!r} has damaged scores of {data!r}: {error}") from None
-    config = header.training.get("config", {})
+    try:
+        seed = header.training.get("config", {}).get("run", {}).get("seed", 0)
+        budgets = list(_budgets(header.training))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{str(path)!r} has a damaged account of its training: {_brief(error)}"
+        ) from None
     low, high = header.sigma_range
     count = sum(v.numel() for v in state.values())
     results = [
@@ -276,10 +294,8 @@ def card(path: Path) -> str:
         f"- noise levels seen: {low:.3g} to {high:.3g}, for pixels in [0, 1]; "
         f"crops of {header.patch} pixels",
         f"- training data: {header.data}",
-        f"- budget: {header.training.get('steps', 0)} steps, "
-        f"{header.training.get('pictures', 0)} pictures, "
-        f"{header.training.get('seconds', 0) / 60:.0f} minutes",
-        f"- seed {config.get('run', {}).get('seed', 0)}, cdnctl {header.version}, "
+        *budgets,
+        f"- seed {seed}, cdnctl {header.version}, "
         f"weights {weights_hash(path)}, licence {header.licence}",
         "",
         "## Scores",

@@ -28,6 +28,7 @@ from cdnctl.checkpoints import (
     Header,
     build_module,
     bundled,
+    card,
     export,
     load_model,
     read_header,
@@ -171,6 +172,23 @@ def test_export_adds_scores_and_a_card(half: bool, tmp_path: Path) -> None:
     front = dict(line.split(": ", 1) for line in text.split("---\n")[1].splitlines())
     assert json.loads(front["license"]) == "mit"
     assert json.loads(front["model-index"])[0]["name"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"seconds": "long"},
+        {"config": 3},
+        {"started_from": 3},
+        {"started_from": {"data": "x"}},
+        {"started_from": {"weights": "x", "data": "x", "training": None}},
+    ],
+)
+def test_a_card_of_a_damaged_account(training: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_model(path, tensors(), replace(HEADER, scores={}, training=training))
+    with pytest.raises(WeightsError, match="account of its training"):
+        card(path)
 
 
 def test_bundled_weights_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

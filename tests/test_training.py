@@ -27,8 +27,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 from cdnctl.checkpoints import (
     Header,
     build_module,
+    card,
     load_model,
+    read_header,
     save_model,
+    weights_hash,
     write_atomically,
 )
 from cdnctl.core.joint import denoise
@@ -1533,11 +1536,16 @@ def test_the_loss_goes_down(arch: str, datasets: list[Path], tmp_path: Path) -> 
 def test_training_goes_on_from_other_weights(
     whole: Path, datasets: list[Path], tmp_path: Path
 ) -> None:
-    start = whole / "last" / MODEL
+    start, end = whole / "last" / MODEL, tmp_path / "run" / "last" / MODEL
     sections = {"optim": {"steps": 2, "lr": 0.0}}
-    run(tmp_path / "run", datasets, init_from=start, sections=sections)
-    for key, value in load_file(tmp_path / "run" / "last" / MODEL).items():
+    run(tmp_path / "run", datasets, init_from=start, sections=sections, should_stop=after(1))
+    train(tmp_path / "run", device=CPU)
+    for key, value in load_file(end).items():
         torch.testing.assert_close(value, load_file(start)[key])
+    origin, budget = read_header(end).training["started_from"], read_header(start).training
+    assert origin["weights"] == weights_hash(start) and origin["training"] == budget
+    for fact in (weights_hash(start), f"{budget['steps']} steps", "2 steps"):
+        assert fact in card(end)
     other = tmp_path / "other.safetensors"
     shape = {k: v for k, v in TINY.items() if k != "arch"} | {"num_classes": 5}
     header = Header("x", "gradresnet", shape, tuple("abcde"), (0.0, 0.2), 16)

@@ -24,7 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
-from cdnctl.checkpoints import Header, build_module, load_model, save_model, write_atomically
+from cdnctl.checkpoints import (
+    Header,
+    build_module,
+    load_model,
+    save_model,
+    weights_hash,
+    write_atomically,
+)
 from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
@@ -236,7 +243,9 @@ def train(
         _check_pictures(folder, before, extra)
     model = make_model(header, config, device)
     if init_from is not None:
-        _start_from(init_from, model)
+        extra["started_from"] = _start_from(init_from, model)
+    elif before is not None and "started_from" in before:
+        extra["started_from"] = before["started_from"]
     state = TrainState(model, config)
     if before is not None:
         state.load(place)
@@ -253,6 +262,8 @@ def train(
             "pictures": state.step * config.data.batch,
             "seconds": round(state.seconds),
         }
+        if "started_from" in extra:
+            training["started_from"] = extra["started_from"]
         save_model(folder / name / MODEL, state.ema, replace(header, training=training))
 
     def checkpoint() -> None:
@@ -365,15 +376,20 @@ def make_model(header: Header, config: TrainConfig, device: torch.device) -> Net
     return model.to(device)
 
 
-def _start_from(path: Path, model: Network) -> None:
-    """Give the model the weights of a file; UsageError if they are those of another network."""
+def _start_from(path: Path, model: Network) -> dict[str, Any]:
+    """Give the model the weights of a file; what these say of their own training.
+
+    UsageError if they are those of another network.
+    """
+    found, header = load_model(path)
     try:
-        model.load_state_dict(load_model(path)[0].state_dict())
+        model.load_state_dict(found.state_dict())
     except RuntimeError as error:
         raise UsageError(
             f"cannot start from {str(path)!r}, whose network or number of classes "
             f"is not that of this run: {error}"
         ) from None
+    return {"weights": weights_hash(path), "data": header.data, "training": dict(header.training)}
 
 
 def _agree(stop: bool, device: torch.device, world: int) -> bool:
