@@ -242,14 +242,14 @@ class _Batch:
 
     def __init__(self, jobs: Sequence[_Job], model: Model):
         self.model, self.count = model, len(jobs)
-        fields = [Field(model, job.noisy, job.sigma) for job in jobs]
-        self.field = fields[0]
+        self.fields = [Field(model, job.noisy, job.sigma) for job in jobs]
+        self.field = self.fields[0]
         self.tiled = len(self.field.tiles) > 1
         if not self.tiled:
             box = self.field.tiles[0].read
-            y = self._filled(torch.stack([field.read(box) for field in fields]))
-            self.y = self.field.repeated(y)
-            self.seen = self._filled(torch.tensor([field.seen for field in fields]))
+            y = torch.cat([field.repeated(field.read(box)[None]) for field in self.fields])
+            self.y = self._filled(y)
+            self.seen = self._filled(torch.tensor([field.seen for field in self.fields]))
 
     def _filled(self, values: Tensor) -> Tensor:
         """(n, ...) with blanks up to the size of a batch, on the device."""
@@ -273,10 +273,11 @@ class _Batch:
         correction, logits = self.model.module.correction(
             self.y, self.seen, None if weights is None else self._filled(weights)
         )
-        if self.field.repeat > 1:
-            correction = correction.mean(1, keepdim=True)
-        correction = correction[: self.count, :, : self.field.height, : self.field.width]
-        return correction.permute(0, 2, 3, 1).cpu().numpy(), logits[: self.count].cpu()
+        placed = [
+            field.placed(field.averaged(part[None])[0])
+            for field, part in zip(self.fields, correction, strict=False)
+        ]
+        return np.stack(placed), logits[: self.count].cpu()
 
 
 @torch.no_grad()

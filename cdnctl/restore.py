@@ -134,12 +134,9 @@ class Field:
         return correction.mean(1, keepdim=True) if self.repeat > 1 else correction
 
     def placed(self, values: Tensor) -> np.ndarray:
-        """(C, h, w) of the extended picture from its corner on as (H, W, C) of the picture."""
-        return self._stored(values[:, : self.height, : self.width])
-
-    def _stored(self, values: Tensor) -> np.ndarray:
-        """(C, h, w) as (h, w, C) with as many equal channels as gray is stored with."""
-        array = values.permute(1, 2, 0).numpy()
+        """(C, h, w) as (h, w, C) with the channels that the picture is stored with, and without
+        what it was extended by."""
+        array = values[:, : self.height, : self.width].permute(1, 2, 0).cpu().numpy()
         return np.broadcast_to(array, (*array.shape[:2], self.channels))
 
     def correct(self, y: Tensor, weights: Weights) -> Tensor:
@@ -159,7 +156,7 @@ class Field:
             rows, columns = _clipped(rows, self.height), _clipped(columns, self.width)
             h, w = rows.stop - rows.start, columns.stop - columns.start
             if h > 0 and w > 0:
-                yield (rows, columns), self._stored(out[:, :h, :w])
+                yield (rows, columns), self.placed(out[:, :h, :w])
 
     def over_tiles(self, function: Callable[[Tensor], Tensor]) -> np.ndarray:
         """Apply a function of tiles, (B, C, h, w) to the same, to the picture: (H, W, C)."""
@@ -397,10 +394,10 @@ def restore_batch(
     first = fields[0]
     count = batch_size(first.height, first.width)
     box = first.tiles[0].read
-    y = torch.zeros(count, first.pixels.shape[2], box[0].stop, box[1].stop)
+    y = torch.zeros(count, model.module.config.channels, box[0].stop, box[1].stop)
     seen = torch.ones(count)
     for i, field in enumerate(fields):
-        y[i], seen[i] = field.read(box), field.seen
+        y[i], seen[i] = field.repeated(field.read(box)[None])[0], field.seen
     found: list[Tensor] = []
 
     def weights(logits: Tensor) -> Tensor:
@@ -409,12 +406,11 @@ def restore_batch(
         return chosen.to(logits.device)
 
     with memory_errors(first):
-        correction, _ = model.module.correction(
-            first.repeated(y).to(model.device), seen.to(model.device), weights
-        )
-    if first.repeat > 1:
-        correction = correction.mean(1, keepdim=True)
-    steps = correction[:, :, : first.height, : first.width].permute(0, 2, 3, 1).cpu().numpy()
+        correction, _ = model.module.correction(y.to(model.device), seen.to(model.device), weights)
+    steps = [
+        field.placed(field.averaged(part[None])[0])
+        for field, part in zip(fields, correction, strict=False)
+    ]
     return [
         Restored(
             picture.with_samples(_step(picture.samples, step, settings)),

@@ -242,6 +242,19 @@ def test_noisy_partners(tmp_path: Path, model: Model) -> None:
     assert summary.sigma is None and summary.pictures == 3
 
 
+def test_gray_partners_that_are_stored_as_rgb(tmp_path: Path, model: Model) -> None:
+    """Measured as `restore` treats them, in one batch with those in colour."""
+    clean = folder_of(tmp_path, 2)
+    write(tmp_path / "noisy" / "0.tif", noisy_picture(20, 24))
+    write(tmp_path / "noisy" / "1.tif", noisy_picture(20, 24, channels=1).repeat(3, -1))
+    samples = find_samples(clean, tmp_path / "noisy", model)
+    for row, sample in zip(evaluate(samples, model, SIGMAS), samples, strict=True):
+        assert sample.noisy is not None
+        result = restore.restore(images.read(sample.noisy), model, restore.Settings())
+        off = result.image.pixels.clip(0, 1) - images.read(sample.clean).pixels
+        assert row.psnr == pytest.approx(-10 * math.log10(np.square(off).mean()), abs=1e-4)
+
+
 def test_a_partner_that_is_missing_or_of_another_size(tmp_path: Path, model: Model) -> None:
     clean = folder_of(tmp_path, 2)
     write(tmp_path / "noisy" / "0.tif", noisy_picture(21, 24))

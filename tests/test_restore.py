@@ -19,7 +19,7 @@ from cdnctl import images
 from cdnctl.api import Model
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image, Metadata
-from cdnctl.restore import Settings, classify, estimate_sigma, restore
+from cdnctl.restore import Settings, classify, estimate_sigma, restore, restore_batch
 
 SIGMA = 0.2
 
@@ -130,10 +130,28 @@ def test_gray_is_the_mean_of_the_replicated_picture(model: Model) -> None:
     result = restore(exact(y), model, Settings(SIGMA, target={"dog": 1.0}))
     assert result.image.pixels.shape == y.shape
     assert result.sigma == SIGMA and result.sigma_seen == pytest.approx(SIGMA * 3**0.5)
-    rgb = change(model, y.repeat(3, -1), sigma=SIGMA * 3**0.5, target={"dog": 1.0})
-    np.testing.assert_allclose(
-        result.image.pixels - y, rgb.mean(-1, keepdims=True), atol=1e-6, rtol=0
-    )
+    rgb = torch.from_numpy(y.transpose(2, 0, 1).repeat(3, 0))
+    expected = model.denoise(rgb, SIGMA * 3**0.5, "dog").mean(0)
+    np.testing.assert_allclose(result.image.pixels[:, :, 0], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (270, 260)])  # in a batch, and in tiles
+def test_gray_stored_as_rgb_is_gray(narrow: Model, size: tuple[int, int]) -> None:
+    """As WebP and palettes have it, and most JPEG files."""
+    y = noisy_picture(*size, channels=1)
+    options = Settings(SIGMA, target={"dog": 1.0}, tile=100)
+    gray, rgb = (restore(exact(pixels), narrow, options) for pixels in (y, y.repeat(3, -1)))
+    np.testing.assert_array_equal(rgb.image.pixels, gray.image.pixels.repeat(3, -1))
+    assert rgb.sigma_seen == gray.sigma_seen and rgb.posterior == gray.posterior
+
+
+def test_gray_and_colour_in_one_batch(model: Model) -> None:
+    pictures = [exact(noisy_picture(channels=1).repeat(3, -1)), exact(noisy_picture(seed=1))]
+    together = restore_batch(pictures, model, Settings(SIGMA))
+    for result, image in zip(together, pictures, strict=True):
+        alone = restore(image, model, Settings(SIGMA))
+        np.testing.assert_array_equal(result.image.samples, alone.image.samples)
+        assert (result.sigma_seen, result.posterior) == (alone.sigma_seen, alone.posterior)
 
 
 def test_exact_gray_denoiser(tmp_path: Path) -> None:
