@@ -162,7 +162,7 @@ class Image:
     """(H, W) in ``dtype``, not multiplied into the pixels."""
     metadata: Metadata = field(default_factory=Metadata)
     notes: tuple[str, ...] = ()
-    """What reading changed, one plain sentence each."""
+    """What reading changed or found odd, one plain sentence each."""
     hidden: np.ndarray | None = None
     """(K, C) in ``dtype``: the file's colours of the K pixels whose alpha is 0, row by row.
     None where alpha is nowhere 0, or everywhere."""
@@ -288,6 +288,8 @@ def _build(
     samples = _upright(samples, orientation)
     if samples.dtype.kind == "f" and not np.isfinite(samples).all():
         raise ImageError("it has samples that are not finite numbers (NaN or infinity); mend it")
+    if samples.dtype.kind == "f" and np.count_nonzero(samples > 1) > samples.size // 2:
+        notes.append("most samples are above 1, which is taken for white")
     channels = samples.shape[2]
     alpha = np.ascontiguousarray(samples[:, :, -1]) if channels in (2, 4) else None
     colour = samples if alpha is None else samples[:, :, :-1]

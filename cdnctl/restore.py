@@ -65,7 +65,8 @@ class Field:
     the same in all of them, so it lies on the gray axis alone, where it is sqrt(C)
     times as strong as in one channel: the network is told ``seen``, which is sigma
     times that factor, the noise level at which it would see as much noise on that axis.
-    A picture whose channels are all equal is grayscale, too: many files hold gray as RGB.
+    A picture whose channels are all equal, but for rounding, is grayscale, too: many files
+    hold gray as RGB.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Field:
         self.model = model
         self.sigma = sigma
         self.height, self.width, self.channels = pixels.shape
-        gray = (pixels == pixels[:, :, :1]).all()
+        gray = _is_gray(pixels)
         self.pixels = pixels[:, :, :1] if gray else pixels
         self.repeat = config.channels if gray else 1
         self.seen = sigma * self.repeat**0.5
@@ -211,6 +212,14 @@ class Field:
         return run
 
 
+def _is_gray(pixels: np.ndarray) -> bool:
+    """Whether the channels of (H, W, C) are equal up to 1/255: WebP and JPEG round as much."""
+    planes = [pixels[:, :, c] for c in range(pixels.shape[2])]
+    spread = np.maximum.reduce(planes) - np.minimum.reduce(planes)
+    white = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else 1
+    return bool((spread <= 1.01 * white / images.PEAK).all())
+
+
 def _clipped(part: slice, size: int) -> slice:
     return slice(part.start, min(part.stop, size))
 
@@ -220,7 +229,8 @@ def estimate_sigma(pixels: np.ndarray, alpha: np.ndarray | None = None) -> float
     scikit-image's wavelet estimator (Donoho and Johnstone 1994), averaged over channels.
 
     Any dtype, see `images.to_unit`. Large pictures are judged by a sample of them, and not by
-    what alpha (H, W) hides. 0 for pictures too small or too flat to tell.
+    what alpha (H, W) hides. 0 for pictures too small or too flat to tell; at most 1, which
+    patterns of single pixels exceed.
     """
     from skimage.restoration import estimate_sigma as estimate
 
@@ -231,7 +241,7 @@ def estimate_sigma(pixels: np.ndarray, alpha: np.ndarray | None = None) -> float
         return 0.0
     with images.quiet:  # flat pictures: the mean of nothing
         sigma = float(estimate(pixels, channel_axis=-1, average_sigmas=True))
-    return sigma if math.isfinite(sigma) else 0.0
+    return min(sigma, 1.0) if math.isfinite(sigma) else 0.0
 
 
 def _sample(pixels: np.ndarray, side: int = 256, count: int = 8) -> np.ndarray:

@@ -145,6 +145,14 @@ def test_gray_stored_as_rgb_is_gray(narrow: Model, size: tuple[int, int]) -> Non
     assert rgb.sigma_seen == gray.sigma_seen and rgb.posterior == gray.posterior
 
 
+def test_gray_need_not_be_equal_in_its_last_bit(model: Model) -> None:
+    y = images.from_unit(noisy_picture(channels=1), np.dtype(np.uint8)) // 2
+    off = np.random.default_rng(0).integers(0, 2, (*y.shape[:2], 3), np.uint8)
+    for factor, seen in ((1, SIGMA * 3**0.5), (2, SIGMA)):
+        restored = restore(Image(y + factor * off), model, Settings(SIGMA))
+        assert restored.sigma_seen == pytest.approx(seen)
+
+
 def test_gray_and_colour_in_one_batch(model: Model) -> None:
     pictures = [exact(noisy_picture(channels=1).repeat(3, -1)), exact(noisy_picture(seed=1))]
     together = restore_batch(pictures, model, Settings(SIGMA))
@@ -345,6 +353,13 @@ def test_estimate_of_flat_pictures_is_zero(recwarn: pytest.WarningsRecorder) -> 
     for value in (0, 0.3, 1):
         assert estimate_sigma(np.full((32, 32, 3), value, np.float32)) == pytest.approx(0, abs=1e-6)
     assert not recwarn.list
+
+
+def test_estimate_of_a_pattern_of_single_pixels_is_a_noise_level(tmp_path: Path) -> None:
+    """As in a dithered fax: of 0 and 255 it would be 378, and end a whole run."""
+    board = np.indices((270, 260)).sum(0)[..., None] % 2
+    assert estimate_sigma(board.astype(np.float32)) == 1
+    restore(exact(board), tiny(tmp_path), Settings())
 
 
 def test_no_sigma_means_the_estimate(model: Model) -> None:
