@@ -19,25 +19,26 @@ from cdnctl.errors import DeviceError, SetupError, UsageError
 def choose_device(name: str) -> torch.device:
     """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a torch device.
 
-    ``auto`` takes the first that is there of cuda, mps, cpu. A device that is
-    named but not there is a DeviceError, never another device in silence.
+    ``auto`` takes the first that is there of cuda, mps, cpu, and ``cuda`` the first of its
+    devices, or under torchrun that of the process. A device that is named but not there is a
+    DeviceError, never another device in silence.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            # Of the processes that torchrun starts on a machine, each has a device of its own.
-            local = int(os.environ.get("LOCAL_RANK", "0"))
-            return torch.device("cuda", local % torch.cuda.device_count())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdigit())):
         raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(number or 0) >= count:
+        # Of the processes that torchrun starts on a machine, each has a device of its own.
+        index = int(number) if number else int(os.environ.get("LOCAL_RANK", "0")) % max(count, 1)
+        if index >= count:
             raise DeviceError(
                 f"device {name!r} is not there: torch {torch.__version__} sees {count} CUDA "
                 "device(s); use --device cpu, or install a CUDA build of torch and a driver"
             )
+        return torch.device(kind, index)
     if kind == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device 'mps' is not there (it needs macOS on Apple silicon)")
     return torch.device(name)
@@ -54,7 +55,9 @@ def available_devices() -> list[str]:
 def available_memory(device: torch.device) -> int:
     """Bytes that are free on a device; for the CPU, within the limit of its control group."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps for reuse is free for it, but not for the driver.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     try:  # containers and batch systems allow less than the machine has
@@ -74,11 +77,18 @@ def world_from_env() -> tuple[int, int]:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
-    """Join the group that torchrun set up, if any: (rank, world size), else (0, 1)."""
+    """Join the group that torchrun set up, if any: (rank, world size), else (0, 1).
+
+    Tensors on the host go between processes without any device, whatever ``device`` is.
+    """
     if world_from_env() == (0, 1):
         yield 0, 1
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)  # or each process would take memory of the first, too
+    dist.init_process_group(backend)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

@@ -314,7 +314,7 @@ def train(
                     )
                     _append(folder / "results.csv", progress, config)
                     watch(progress)
-            if _agree(should_stop() or time.monotonic() > deadline, device, world):
+            if _agree(should_stop() or time.monotonic() > deadline, world):
                 break
             if state.step % config.run.checkpoint_every == 0:
                 checkpoint()
@@ -392,13 +392,14 @@ def _start_from(path: Path, model: Network) -> dict[str, Any]:
     return {"weights": weights_hash(path), "data": header.data, "training": dict(header.training)}
 
 
-def _agree(stop: bool, device: torch.device, world: int) -> bool:
-    """Whether any process of the group wants to stop."""
+def _agree(stop: bool, world: int) -> bool:
+    """Whether any process of the group wants to stop. The hosts talk, and no device is waited
+    for."""
     if world == 1:
         return stop
-    flag = torch.tensor(float(stop), device=device)
+    flag = torch.tensor(float(stop))
     dist.all_reduce(flag)
-    return bool(flag > 0)
+    return flag.item() > 0
 
 
 # -- validation ----------------------------------------------------------------------------

@@ -1,0 +1,63 @@
+"""Devices and groups of processes, as far as they can be tested where there is no GPU."""
+
+from __future__ import annotations
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import BackendConfig
+
+from cdnctl.errors import DeviceError
+from cdnctl.runtime import available_memory, choose_device, process_group
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(
+    name: str, four_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose_device(name) == torch.device("cuda", 0)
+    found = set()
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        found.add(choose_device(name))
+        assert choose_device("cuda:1") == torch.device("cuda", 1), "what is named is taken"
+        assert choose_device("cpu") == torch.device("cpu")
+    assert found == {torch.device("cuda", i) for i in range(4)}
+    with pytest.raises(DeviceError, match="'cuda:4'"):
+        choose_device("cuda:4")
+
+
+def test_hosts_talk_without_their_gpus(four_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is told on the host, such as the name of a run folder, no GPU is needed; and none
+    of another process is touched."""
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    join, chosen = Mock(), Mock()
+    monkeypatch.setattr(dist, "init_process_group", join)
+    monkeypatch.setattr(dist, "destroy_process_group", Mock())
+    monkeypatch.setattr(dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen)
+    for device in ("cuda:2", "cpu"):
+        with process_group(torch.device(device)) as group:
+            assert group == (2, 4)
+        backends = BackendConfig(dist.Backend(join.call_args.args[0])).get_device_backend_map()
+        assert backends["cpu"] == "gloo"
+        assert device == "cpu" or backends["cuda"] == "nccl"
+    chosen.assert_called_once_with(torch.device("cuda", 2))
+
+
+def test_memory_that_torch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("mem_get_info", (700, 1000)), ("memory_reserved", 200),
+                        ("memory_allocated", 50)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert available_memory(torch.device("cuda", 0)) == 850
