@@ -58,7 +58,7 @@ class Model:
         return next(self.module.parameters()).device
 
     def to(self, device: torch.device | str) -> Model:
-        """The same model with its weights on another device."""
+        """Move the weights to another device, in place as of any torch module."""
         return Model(self.module.to(device), self.header, self.path)
 
     def weights(self, c: ClassSpec) -> Tensor | None:
@@ -112,7 +112,8 @@ class Model:
 
         Of a mixture w of classes: log sum_c w_c p(y, c).
         """
-        self._need("classifies", "give a log-density")
+        for ability in ("denoises", "classifies"):  # a joint density is both
+            self._need(ability, "give a log-density")
         weights = self.weights(c)
 
         def run(batch: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import TritonMissing
 
 from cdnctl.checkpoints import (
     Header,
@@ -1637,11 +1638,16 @@ def test_pictures_beside_class_folders_are_a_question_not_a_guess(tmp_path):
         find_pictures(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [BackendCompilerFailed(print, RuntimeError("no C++ compiler"), None), TritonMissing(None)],
+    ids=["C++", "triton"],
+)
 def test_without_a_compiler_the_error_says_what_to_do(
-    datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, datasets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object) -> None:
-        raise BackendCompilerFailed(fail, RuntimeError("no C++ compiler"), None)
+        raise error
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
     with pytest.raises(SetupError, match="compile = false"):

@@ -56,7 +56,7 @@ def uncertainty(
             v = sign.to(y)
             (jacobian,) = torch.autograd.grad(out, leaf, v, retain_graph=True)
             diagonal += v * jacobian / probes
-    trace = diagonal.double().sum().item()
+    trace = diagonal.cpu().double().sum().item()  # on the host: MPS knows no float64
     if window > 1:
         diagonal = avg_pool2d(
             diagonal, window, stride=1, padding=window // 2, count_include_pad=False
@@ -71,6 +71,8 @@ def posterior_std(
 
     Returns the posterior standard deviation of each pixel, float32 (H, W, 1) in [0, 1] pixel
     units (root mean square over channels, variances averaged over 9 x 9 pixels), and sigma.
+    The class weights w are held fixed, so it is the mean over classes of the posterior variance
+    given the class; what the classes differ in, sum_c w_c (D_c - D)^2, is left out.
     """
     sigma = settings.sigma
     if sigma is None:

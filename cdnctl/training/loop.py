@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import TorchDynamoException
 
 from cdnctl.checkpoints import (
     Header,
@@ -152,11 +152,12 @@ def loss_and_gradients(
         matching, entropy = objective(model, batch, config.loss)
         loss = (config.loss.score * matching + config.loss.classes * entropy).sum() / rows
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    except BackendCompilerFailed as error:
+    except TorchDynamoException as error:
         reason = " ".join(str(error).strip().splitlines()[:2])
         raise SetupError(
             f"torch.compile does not work here ({reason}): "
-            "install a C++ compiler (g++), or set compile = false under [run] in the config"
+            "install a C++ compiler (g++) and, for a GPU, triton; or set compile = false under "
+            "[run] in the config"
         ) from None
     parts = torch.stack([loss, matching.sum() / rows, entropy.sum() / rows]).detach()
     return parts, [_like(p, g) for p, g in zip(parameters, gradients, strict=True)]
@@ -427,7 +428,8 @@ def validate(state: TrainState, held: Pictures, config: TrainConfig) -> dict[str
             size = max(size, VALIDATION_PIXELS // patch**2)
         everyone = torch.arange(len(held), device=device)
         corner = (held.sizes - patch) // 2
-        labelled = held.labels >= 0
+        labels = held.labels.cpu()
+        labelled = labels >= 0
         known = bool(labelled.any())
         for level in config.run.validate_sigmas:
             generator = torch.Generator(device).manual_seed(0)
@@ -437,13 +439,14 @@ def validate(state: TrainState, held: Pictures, config: TrainConfig) -> dict[str
                     which, corner[which, 0], corner[which, 1], torch.zeros_like(which), patch
                 )
                 denoised, logits = model(add_noise(clean, level / 255, generator), level / 255)
-                scores.append(psnr(denoised.clamp(0, 1), clean))
-                outputs.append(logits)
+                # On the host: MPS knows no float64.
+                scores.append(psnr(denoised.clamp(0, 1).cpu(), clean.cpu()))
+                outputs.append(logits.cpu())
             if model.denoises:
                 result[f"psnr_{level:g}"] = torch.cat(scores).mean().item()
             if model.classifies and known:
                 logits = torch.cat(outputs)[labelled]
-                result[f"accuracy_{level:g}"] = accuracy(logits, held.labels[labelled])
+                result[f"accuracy_{level:g}"] = accuracy(logits, labels[labelled])
         return result
     finally:
         _copy_into(model, trained)
