@@ -15,7 +15,7 @@ import itertools
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -43,11 +43,13 @@ class Sample:
     clean: Path
     label: str | None = None
     noisy: Path | None = None
+    place: str = ""  # of the picture below the folder, which may be a class or not
 
     @property
     def key(self) -> str:
-        """What the picture's noise depends on: the same name in two classes gets its own."""
-        return f"{self.label or ''}/{self.clean.name}"
+        """What the picture's noise depends on: the same name in two places gets its own, and no
+        model, whatever classes it knows, gets another."""
+        return f"{self.place}/{self.clean.name}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ def find_samples(folder: Path, noisy: Path | None, model: Model) -> list[Sample]
                 f"{str(folder)!r} has class folders that model {model.name!r} does not know: "
                 f"{', '.join(sorted(names - known))}; its classes: {', '.join(model.classes)}"
             )
-        samples = [Sample(p, p.relative_to(folder).parts[0] if known else None) for p in pictures]
+        for path in pictures:
+            place = path.relative_to(folder).parent
+            samples.append(Sample(path, place.parts[0] if known else None, None, place.as_posix()))
     if not samples:
         raise UsageError(f"no pictures in {str(folder)!r}")
     if noisy is None:
@@ -107,7 +111,7 @@ def find_samples(folder: Path, noisy: Path | None, model: Model) -> list[Sample]
         partner = noisy / sample.clean.relative_to(folder)
         if not partner.is_file():
             raise UsageError(f"{str(sample.clean)!r} has no noisy partner {str(partner)!r}")
-        pairs.append(Sample(sample.clean, sample.label, partner))
+        pairs.append(replace(sample, noisy=partner))
     return pairs
 
 

@@ -108,8 +108,9 @@ def test_rows_hold_scikit_images_scores(tmp_path: Path, model: Model) -> None:
     clean = picture(20, 24)
     file = write(tmp_path / "dog" / "a.tif", clean)
     seed, sigma = 3, SIGMAS[1]
-    (row,) = evaluate([Sample(file, "dog")], model, [sigma], seed)
-    noisy = noisy_version(clean, sigma, Sample(file, "dog").key, seed)
+    sample = Sample(file, "dog", place="dog")
+    (row,) = evaluate([sample], model, [sigma], seed)
+    noisy = noisy_version(clean, sigma, sample.key, seed)
 
     def restored(c: str | None) -> np.ndarray:
         y = torch.from_numpy(noisy.transpose(2, 0, 1).copy())
@@ -210,6 +211,20 @@ def test_folders_of_other_names_are_just_folders(tmp_path: Path, model: Model) -
     write(tmp_path / "monday" / "a.tif")
     write(tmp_path / "tuesday" / "a.tif")
     assert [s.label for s in find_samples(tmp_path, None, model)] == [None, None]
+
+
+def test_all_models_see_the_same_noise(tmp_path: Path, model: Model) -> None:
+    """Whether they know the folders as classes or not; and every picture its own."""
+    strange = tiny(tmp_path, classes=("lake", "truck"))
+    for place in ("cat", "dog", "dog/deep"):
+        write(tmp_path / "in" / place / "a.tif")
+    both = [find_samples(tmp_path / "in", None, m) for m in (model, strange)]
+    assert [[s.label for s in samples] for samples in both] == [["cat", "dog", "dog"], [None] * 3]
+    one, other = (
+        [r.psnr_noisy for r in evaluate(samples, m, SIGMAS)]
+        for samples, m in zip(both, (model, strange), strict=True)
+    )
+    assert one == other and len(set(one)) == 6
 
 
 def test_some_unknown_class_folders_are_a_question(tmp_path: Path, model: Model) -> None:
