@@ -90,6 +90,7 @@ READ_SUFFIXES = (
 """Suffixes of files that are taken for pictures when a folder is searched."""
 
 _ORIENTATION, _ICC, _XMP, _EXIF_IFD, _GPS_IFD, _INTEROP_IFD = 274, 34675, 700, 34665, 34853, 40965
+_IPTC = 33723
 # Tags of a TIFF page that describe the picture, not its layout: description, maker, model,
 # software, date, artist, host, rating, copyright, and Windows' title to subject.
 _TEXT_TAGS = (270, 271, 272, 305, 306, 315, 316, 18246, 18249, 33432, *range(40091, 40096))
@@ -101,6 +102,8 @@ _PNG_CHUNKS = frozenset({b"tEXt", b"zTXt", b"iTXt", b"tIME", b"gAMA", b"cHRM", b
 _TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32946, 32773, 34925, 50000, 50001)
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _XMP_KEYWORD = b"XML:com.adobe.xmp"
+_XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation\s*(?:=\s*["']|>)\s*)[1-8]""")
+_IPTC_RESOURCE = 0x0404  # of those that Photoshop puts into JPEG files
 _EXIF_PREFIX = b"Exif\0\0"
 _JPEG_SEGMENT = 65_000  # bytes: what is sure to fit into one JPEG segment
 
@@ -144,7 +147,9 @@ class Metadata:
     exif: bytes | None = None
     """EXIF block (a TIFF structure, no ``Exif`` prefix), its orientation set to 1."""
     xmp: bytes | None = None
-    """XMP packet."""
+    """XMP packet, its orientation as that of ``exif``."""
+    iptc: bytes | None = None
+    """IPTC record (captions, keywords, credits of the press), for JPEG and TIFF."""
     dpi: tuple[float, float] | None = None
     """Pixels per inch, horizontal and vertical."""
     png: tuple[tuple[bytes, bytes], ...] = ()
@@ -286,6 +291,8 @@ def _build(
     """Make an `Image` of samples (H, W) or (H, W, 1 to 4) in the file's dtype."""
     samples = samples[:, :, None] if samples.ndim == 2 else samples
     samples = _upright(samples, orientation)
+    if orientation != 1 and metadata.xmp:  # some programs look there
+        metadata = replace(metadata, xmp=_XMP_ORIENTATION.sub(rb"\g<1>1", metadata.xmp))
     if samples.dtype.kind == "f" and not np.isfinite(samples).all():
         raise ImageError("it has samples that are not finite numbers (NaN or infinity); mend it")
     if samples.dtype.kind == "f" and np.count_nonzero(samples > 1) > samples.size // 2:
@@ -401,6 +408,7 @@ def _decode_pillow(data: bytes, suffix: str) -> Image:
             icc=None if picture.mode == "CMYK" else profile,
             exif=exif,
             xmp=_as_bytes(info.get("xmp")),
+            iptc=_as_bytes(info.get("photoshop", {}).get(_IPTC_RESOURCE)),
             dpi=_checked_dpi(info.get("dpi")),
             png=_png_extras(data) if picture.format == "PNG" else (),
         )
@@ -644,6 +652,7 @@ def _tiff_metadata(tags: PIL.Image.Exif) -> Metadata:
         icc=_as_bytes(tags.get(_ICC)),
         exif=exif.tobytes()[len(_EXIF_PREFIX) :] if len(exif) else None,
         xmp=_as_bytes(tags.get(_XMP)),
+        iptc=_as_bytes(tags.get(_IPTC)),
         dpi=_checked_dpi(dpi),
     )
 
@@ -800,10 +809,14 @@ def conversions(image: Image, suffix: str) -> tuple[str, ...]:
     lost = []
     if suffix in (".webp", ".heic", ".heif"):
         lost = ["dpi"] if meta.dpi and not meta.exif else []
+        lost += ["icc"] if not _takes_profile(suffix, meta) else []
     elif suffix == ".bmp":
         lost = [name for name in ("icc", "exif", "xmp") if getattr(meta, name)]
     elif suffix in (".jpg", ".jpeg"):
-        lost = [name for name in ("exif", "xmp") if len(getattr(meta, name) or b"") > _JPEG_SEGMENT]
+        blocks = ("exif", "xmp", "iptc")
+        lost = [name for name in blocks if len(getattr(meta, name) or b"") > _JPEG_SEGMENT]
+    if meta.iptc and suffix not in (".jpg", ".jpeg", ".tif", ".tiff"):
+        lost.append("iptc")
     if lost:
         notes.append(f"{', '.join(name.upper() for name in lost)} data left out")
     return tuple(notes)
@@ -1019,6 +1032,7 @@ def _encode_tiff(samples: np.ndarray, meta: Metadata) -> bytes:
         338: 2 if channels > colours else None,  # extra sample: straight alpha
         _ICC: meta.icc,
         _XMP: meta.xmp,
+        _IPTC: meta.iptc,
         282: meta.dpi and meta.dpi[0],
         283: meta.dpi and meta.dpi[1],
         296: 2 if meta.dpi else None,  # unit: inch
@@ -1032,12 +1046,24 @@ def _encode_tiff(samples: np.ndarray, meta: Metadata) -> bytes:
     return b"".join([front, *strips])
 
 
+def _takes_profile(suffix: str, meta: Metadata) -> bool:
+    """Whether a format has room for the ICC profile; WebP, which is RGB only, not for gray's."""
+    return not (suffix == ".webp" and (meta.icc or b"")[16:20] == b"GRAY")
+
+
+def _photoshop_segment(iptc: bytes) -> bytes:
+    """The JPEG segment APP13 with an IPTC record, an empty name and nothing else."""
+    resource = struct.pack(">4sHHI", b"8BIM", _IPTC_RESOURCE, 0, len(iptc)) + iptc
+    content = b"Photoshop 3.0\0" + resource + bytes(len(iptc) % 2)
+    return b"\xff\xed" + struct.pack(">H", 2 + len(content)) + content
+
+
 def _encode_pillow(samples: np.ndarray, image: Image, suffix: str) -> bytes:
     """Encode uint8 samples as JPEG, WebP, BMP or HEIC."""
     meta = image.metadata
     picture = PIL.Image.fromarray(samples[:, :, 0] if samples.shape[2] == 1 else samples)
     options: dict[str, Any] = {}
-    if meta.icc and not (suffix == ".webp" and meta.icc[16:20] == b"GRAY"):  # WebP is RGB only
+    if meta.icc and _takes_profile(suffix, meta):
         options["icc_profile"] = meta.icc
     limit = _JPEG_SEGMENT if suffix in (".jpg", ".jpeg") else 2**32
     if meta.exif and len(meta.exif) <= limit:
@@ -1060,6 +1086,8 @@ def _encode_pillow(samples: np.ndarray, image: Image, suffix: str) -> bytes:
     else:
         kind = "JPEG"
         options |= {"quality": QUALITY, "subsampling": "4:4:4"}
+        if meta.iptc and len(meta.iptc) <= _JPEG_SEGMENT:
+            options["extra"] = _photoshop_segment(meta.iptc)
     out = io.BytesIO()
     picture.save(out, kind, **options)
     return out.getvalue()

@@ -18,6 +18,7 @@ import PIL.Image
 import PIL.ImageCms
 import PIL.ImageOps
 import PIL.ImageSequence
+import PIL.IptcImagePlugin
 import pytest
 import tifffile
 from hypothesis import given, settings
@@ -184,6 +185,35 @@ def test_metadata_survives(suffix, dtype):
     assert twice == once
 
 
+IPTC = b"\x1c\x02\x00\x00\x02\0\4" + b"\x1c\x02\x78\x00\x07caption"
+
+
+@pytest.mark.parametrize("record", [IPTC, IPTC[:-1]])  # of even and odd length
+def test_iptc_survives(record):
+    """Where Photoshop puts it: IptcImagePlugin looks there."""
+    image = picture(noise(8, 9, 3, "uint8"), iptc=record)
+    for suffix in (".jpg", ".tif"):
+        assert images.conversions(image, suffix) == ()
+        data = images.encode(image, suffix)
+        assert read_bytes(data).metadata.iptc == record
+        with PIL.Image.open(io.BytesIO(data)) as file:
+            info = PIL.IptcImagePlugin.getiptcinfo(file)
+            assert info is not None and info[2, 0] == b"\0\4"
+    for suffix in (".png", ".webp", ".bmp"):
+        assert images.conversions(image, suffix) == ("IPTC data left out",)
+    long = picture(noise(8, 9, 3, "uint8"), iptc=record * 5000)
+    assert images.conversions(long, ".jpg") == ("IPTC data left out",)
+    assert read_bytes(images.encode(long, ".jpg")).metadata.iptc is None
+
+
+def test_gray_profile_cannot_go_into_webp():
+    profile = ICC[:16] + b"GRAY" + ICC[20:]
+    image = picture(noise(8, 9, 1, "uint8"), icc=profile)
+    assert images.conversions(image, ".webp") == ("ICC data left out",)
+    assert read_bytes(images.encode(image, ".webp")).metadata.icc is None
+    assert images.conversions(image, ".png") == ()
+
+
 def test_other_libraries_read_what_is_written():
     meta = {"icc": ICC, "exif": exif_block()[6:], "dpi": (300.0, 300.0)}
     for dtype in ("uint8", "uint16", "float32"):
@@ -280,6 +310,16 @@ def test_orientation_is_applied_and_reset(kind, orientation):
     assert tags[271] == "Maker"
     if kind != "JPEG":
         assert_same(read_bytes(images.encode(image, "." + kind.lower())), image)
+
+
+@pytest.mark.parametrize("form", ['x tiff:Orientation="%d"', "<tiff:Orientation>%d</tiff:O"])
+def test_orientation_is_reset_in_xmp_too(form):
+    """Or programs that look there turn the picture once more; untouched where none applied."""
+    xmp = (form % 6).encode()
+    samples = noise(5, 7, 3, "uint8")
+    turned = read_bytes(pillow_bytes(samples, "JPEG", exif=exif_block(6), xmp=xmp))
+    assert turned.samples.shape == (7, 5, 3) and turned.metadata.xmp == (form % 1).encode()
+    assert read_bytes(pillow_bytes(samples, "JPEG", xmp=xmp)).metadata.xmp == xmp
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
