@@ -84,11 +84,7 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     if world_from_env() == (0, 1):
         yield 0, 1
         return
-    backend = "gloo"
-    if device.type == "cuda":
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)  # or each process would take memory of the first, too
-    dist.init_process_group(backend)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import BackendConfig
 
+from cdnctl.cli.common import start_torch
 from cdnctl.errors import DeviceError
 from cdnctl.runtime import available_memory, choose_device, process_group
 
@@ -36,24 +37,32 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(
         choose_device("cuda:4")
 
 
+def test_no_gpu_but_the_chosen_one_is_touched(
+    four_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch allocates without being told where goes to the current one."""
+    current = Mock()
+    monkeypatch.setattr(torch.cuda, "set_device", current)
+    assert start_torch("cpu", None) == torch.device("cpu") and not current.called
+    assert start_torch("cuda:2", None) == torch.device("cuda", 2)
+    current.assert_called_once_with(torch.device("cuda", 2))
+
+
 def test_hosts_talk_without_their_gpus(four_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is told on the host, such as the name of a run folder, no GPU is needed; and none
-    of another process is touched."""
+    """For what is told on the host, such as the name of a run folder, no GPU is needed."""
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    join, chosen = Mock(), Mock()
+    join = Mock()
     monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr(dist, "destroy_process_group", Mock())
     monkeypatch.setattr(dist, "get_rank", lambda: 2)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen)
     for device in ("cuda:2", "cpu"):
         with process_group(torch.device(device)) as group:
             assert group == (2, 4)
         backends = BackendConfig(dist.Backend(join.call_args.args[0])).get_device_backend_map()
         assert backends["cpu"] == "gloo"
         assert device == "cpu" or backends["cuda"] == "nccl"
-    chosen.assert_called_once_with(torch.device("cuda", 2))
 
 
 def test_memory_that_torch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,10 @@ def start_torch(device: str, threads: int | None) -> torch.device:
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return choose_device(device)
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # or a little memory of the first would be taken, too
+    return chosen
 
 
 @contextmanager
