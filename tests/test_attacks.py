@@ -467,6 +467,24 @@ def test_noise_draws_average_posteriors(model: Model) -> None:
     assert (mean - told(y).exp()).abs().max() > 1e-3
 
 
+def test_starts_are_drawn_apart_from_the_noise(
+    model: Model, labelled: list[tuple[np.ndarray, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[Tensor] = []
+
+    def watched(log_posterior: object, x: Tensor, *_: object, **options: object) -> Tensor:
+        starts.append(torch.randn(x.shape[1:], generator=options["generator"]))  # type: ignore
+        return x
+
+    monkeypatch.setattr(attacks, "pgd", watched)
+    for seed in (0, 5):
+        starts.clear()
+        robustness(labelled, model, [Attack("l2", 0.1)], 0.1, draws=1, seed=seed)
+        noise = torch.randn(starts[0].shape, generator=generator(seed))
+        alike = torch.cosine_similarity(starts[0].flatten(), noise.flatten(), 0)
+        assert alike.abs() < 6 / noise.numel() ** 0.5
+
+
 def test_intervals_hold_what_they_promise() -> None:
     """Whatever the true accuracy, at least 95 of 100 draws give an interval that covers it."""
     results = [Robustness(None, 0.0, 30, correct) for correct in range(31)]

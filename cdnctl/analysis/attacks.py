@@ -300,7 +300,8 @@ def robustness(
             "changes made on it cannot be tried"
         )
     attacked = target if source is None else log_posterior(source, sigma, draws, seed)
-    generator = torch.Generator().manual_seed(seed)
+    # Not the seed itself: the first start would lie along the first noise of `log_posterior`.
+    generator = torch.Generator().manual_seed(~seed)
     ordered = sorted(set(attacks), key=lambda a: (KINDS.index(a.kind), a.radius))
     correct = dict.fromkeys([None, *ordered], 0)
     total = 0
