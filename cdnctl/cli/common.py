@@ -84,6 +84,7 @@ def start_torch(device: str, threads: int | None) -> torch.device:
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # or a little memory of the first would be taken, too
+        torch.backends.cudnn.allow_tf32 = False  # which would part tiles from the whole
     return chosen
 
 

@@ -117,7 +117,9 @@ def numerics(precision: str, device: torch.device) -> Iterator[torch.dtype | Non
     """The dtype of the trunk for a ``run.precision`` (None: the input's); what a GPU may do to
     float32 and to find fast convolutions is set for the time being."""
     if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
+        # GPUs before Ampere only emulate bfloat16.
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if fast else "float32"
     dtype = torch.bfloat16 if precision == "bfloat16" else None
     if device.type != "cuda":
         yield dtype
