@@ -107,12 +107,17 @@ def plan(sources: Sequence[Path], output: Path | None, recursive: bool) -> list[
         elif output.is_dir() or len(sources) > 1:
             jobs.append(Job(source, _writable(output / source.name)))
         else:
-            if output.suffix.lower() not in images.WRITE_SUFFIXES:
-                known = ", ".join(sorted(images.WRITE_SUFFIXES))
-                raise UsageError(f"cannot write {str(output)!r}: its suffix must be one of {known}")
+            check_suffix(output)
             jobs.append(Job(source, output))
     _check_clashes(jobs)
     return jobs
+
+
+def check_suffix(output: Path) -> None:
+    """UsageError if a file of this name cannot be written."""
+    if output.suffix.lower() not in images.WRITE_SUFFIXES:
+        known = ", ".join(sorted(images.WRITE_SUFFIXES))
+        raise UsageError(f"cannot write {str(output)!r}: its suffix must be one of {known}")
 
 
 def _writable(path: Path) -> Path:

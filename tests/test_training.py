@@ -1090,8 +1090,10 @@ def test_an_undone_step_ends_at_the_average_without_momentum(
     assert any(v.any() for k, v in calm.items() if ".exp_avg." in k)
 
 
-def test_numerics_are_put_back() -> None:
+@pytest.mark.parametrize("ampere", [True, False])
+def test_numerics_are_put_back(ampere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cudnn = torch.backends.cudnn
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: ampere)
 
     def flags() -> tuple[bool, bool, str]:
         return cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
@@ -1101,7 +1103,7 @@ def test_numerics_are_put_back() -> None:
         "float32": (None, (True, False, "highest")),
         "tf32": (None, (True, True, "high")),
         "bfloat16": (torch.bfloat16, (True, False, "highest")),
-        "auto": (torch.bfloat16, (True, False, "highest")),
+        "auto": (torch.bfloat16 if ampere else None, (True, False, "highest")),
     }
     for precision, (dtype, inside) in wanted.items():
         with numerics(precision, torch.device("cuda")) as got:

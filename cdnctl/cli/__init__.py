@@ -12,7 +12,7 @@ import typer
 
 from cdnctl.cli import bench, classify, denoise, evaluate, models, train
 from cdnctl.cli.common import report_error
-from cdnctl.errors import CdnctlError, SetupError
+from cdnctl.errors import CdnctlError, SetupError, UsageError
 from cdnctl.version import VERSION
 
 app = typer.Typer(
@@ -56,6 +56,8 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be Unicode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if "" in sys.argv[1:]:  # as a path it would be the current folder
+            raise UsageError("an argument is empty: is a variable of the shell not set?")
         app()
     except CdnctlError as error:
         report_error(str(error))

@@ -29,7 +29,7 @@ Device = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads (default: all cores).")
+    int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads (default: all cores).")
 ]
 PEAK = 255  # of the command line's scale of noise levels
 

@@ -253,11 +253,13 @@ def _pipe(
 ) -> None:
     """One picture from standard input and/or to standard output."""
     from cdnctl import images
+    from cdnctl.batch import check_suffix
     from cdnctl.restore import restore
 
     if len(inputs) != 1 or output is None:
         raise UsageError("with - give exactly one input and an output: cdnctl denoise - -o out.png")
     if output != STDIO:
+        check_suffix(output)
         keep_existing(output, overwrite)
     source = inputs[0]
     image = images.read(sys.stdin.buffer if source == STDIO else source)
@@ -266,28 +268,28 @@ def _pipe(
         chosen = models.pick(*image.samples.shape[:2])
         restored = restore(image, chosen, settings, advance.within)
     seconds = time.monotonic() - started
+    result = replace(restored.image, metadata=images.Metadata()) if strip else restored.image
     if output != STDIO:
-        images.write(restored.image, output, strip_metadata=strip)
+        suffix = output.suffix.lower()
+        images.write(result, output)
     else:
         suffix = source.suffix.lower()
         suffix = suffix if suffix in images.WRITE_SUFFIXES else ".png"
-        result = restored.image
-        if strip:
-            result = replace(result, metadata=images.Metadata())
         sys.stdout.buffer.write(images.encode(result, suffix))
         sys.stdout.buffer.flush()
+    result = replace(result, notes=result.notes + images.conversions(result, suffix))
+    restored = replace(restored, image=result)
     printer.result(source, output, restored, seconds)
 
 
 def _check_uncertainty(path: Path, jobs: list[Job], overwrite: bool) -> None:
     from cdnctl.batch import same_file
-    from cdnctl.images import WRITE_SUFFIXES
 
     if len(jobs) != 1:
         raise UsageError(f"--uncertainty takes one picture, not {len(jobs)}")
     if same_file(path, jobs[0].source) or same_file(path, jobs[0].output):
         raise UsageError(f"--uncertainty {str(path)!r} is the picture itself or its output")
-    if path.suffix.lower() not in WRITE_SUFFIXES:
+    if path.suffix.lower() not in (".png", ".tif", ".tiff"):
         raise UsageError(f"--uncertainty {str(path)!r} must be a .png or a .tif file")
     keep_existing(path, overwrite)
 
@@ -304,6 +306,7 @@ def _write_uncertainty(job: Job, path: Path, models: Models, settings: Settings)
         result = images.Image.of(std, np.float32)
     else:
         result = images.Image.of(std / max(sigma, 1e-6), np.uint16)
+    path.parent.mkdir(parents=True, exist_ok=True)
     images.write(result, path)
 
 
