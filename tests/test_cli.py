@@ -97,6 +97,28 @@ def test_a_pipe_keeps_the_format(tmp_path: Path, cdnctl: Run, weights: Path) -> 
     assert done.out[:2] == b"\xff\xd8" and json.loads(done.err)["output"] == "-"
 
 
+def test_a_pipe_tells_what_a_format_cannot_hold(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    deep = write(tmp_path / "a.tif", dtype=np.uint16, metadata=Metadata(iptc=b"caption"))
+    options = ("--model", weights, "--json")
+    by_file = cdnctl("denoise", deep, "-o", "a.webp", *options)
+    piped = cdnctl("denoise", "-", "-o", "b.webp", *options, stdin=deep.read_bytes())
+    (notes,) = (record["notes"] for record in piped.records)
+    assert notes == by_file.records[0]["notes"] and len(notes) == 2
+    done = cdnctl("denoise", "-", "-o", "c.xyz", *options, stdin=deep.read_bytes())
+    assert done.code == 2 and ".webp" in done.err
+
+
+def test_an_empty_argument_is_not_the_current_folder(
+    tmp_path: Path, cdnctl: Run, weights: Path
+) -> None:
+    """What a script gets from a variable that is not set."""
+    write(tmp_path / "a.png")
+    for args in (("", "-o", "out"), ("a.png", "-o", "")):
+        done = cdnctl("denoise", *args, "--model", weights)
+        assert done.code == 2 and "empty" in done.err
+    assert files(tmp_path).keys() == {"a.png"}
+
+
 @pytest.mark.parametrize("content", [b"", b"this is text", b"\x89PNG\r\n\x1a\n\0\0"])
 def test_bad_input_through_a_pipe(
     cdnctl: Run, weights: Path, tmp_path: Path, content: bytes
@@ -246,9 +268,11 @@ def test_sigma_looks_like_the_other_unit(tmp_path: Path, real: Run) -> None:
         ("--tile", "0"),
         ("--tile", "[/b]"),
         ("--threads", "0"),
+        ("--threads", "1000000"),
         ("--device", "toaster"),
         ("--device", "cpu:1"),
         ("--uncertainty", "u.xyz"),
+        ("--uncertainty", "u.jpg"),
         ("--nonsense",),
         ("missing.png",),
     ],
@@ -375,6 +399,9 @@ def test_uncertainty(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     fraction = images.read(tmp_path / "u.png")
     assert fraction.dtype == np.uint16
     np.testing.assert_allclose(fraction.pixels, np.clip(std.pixels / 0.2, 0, 1), atol=1e-4)
+
+    assert cdnctl(*command, "new/u.tif", "-o", "other/a.png").code == 0
+    assert (tmp_path / "new" / "u.tif").read_bytes() == (tmp_path / "u.tif").read_bytes()
 
     before = files(tmp_path)
     assert cdnctl(*command, "u.tif").code == 2
