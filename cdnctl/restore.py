@@ -309,12 +309,17 @@ def memory_errors(field: Field) -> Iterator[None]:
 
 
 def default_tile(model: Model, memory: int | None = None) -> int:
-    """Side of tiles, DEFAULT_TILE or its half: what fits into ``memory`` bytes, or without a
-    number into half of what is free."""
+    """Side of tiles: DEFAULT_TILE, or as much less as fits into ``memory`` bytes, or without a
+    number into half of what is free.
+
+    No less than three margins, of which eight ninths are margin: smaller tiles take hours.
+    """
     budget = available_memory(model.device) // 2 if memory is None else memory
+    config = model.module.config
+    least = max(MIN_TILE, 3 * config.margin)
     side = DEFAULT_TILE
-    while side > MIN_TILE and side**2 * model.module.config.bytes_per_pixel > budget:
-        side //= 2
+    while side > least and side**2 * config.bytes_per_pixel > budget:
+        side = max(least, side * 3 // 4)
     return side
 
 
@@ -346,6 +351,12 @@ def restore(
     sigma = estimate_sigma(image.samples, image.alpha) if settings.sigma is None else settings.sigma
     tile = settings.tile or default_tile(model, settings.memory)
     field = Field(model, image.samples, sigma, tile, watch)
+    need = field.area * model.module.config.bytes_per_pixel
+    if settings.memory is not None and not settings.tile and need > settings.memory:
+        raise ImageError(
+            f"--memory allows {settings.memory / 1e6:.0f} MB, but the smallest tiles that are "
+            f"worth while take {need / 1e6:.0f} MB: allow more, or give --tile"
+        )
     while True:
         try:
             with memory_errors(field):
@@ -354,7 +365,7 @@ def restore(
         except OutOfMemory:
             if settings.tile:
                 raise
-            smaller = Field(model, image.samples, sigma, math.isqrt(field.area) // 2, watch)
+            smaller = Field(model, image.samples, sigma, math.isqrt(field.area) * 3 // 4, watch)
             if smaller.area == field.area:
                 raise
             field = smaller

@@ -477,6 +477,21 @@ def test_memory_bounds_the_tiles(narrow: Model, monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(bounded.image.samples, whole.image.samples, atol=1e-4)
 
 
+def test_memory_that_no_tile_fits_into(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is said, and tiles that are nearly all margin are not tried."""
+    model = tiny(tmp_path, norm="pixel", widths=[8, 8, 8, 8], blocks=[1, 1, 1, 1])
+    config = model.module.config
+    margin, need = config.margin, config.bytes_per_pixel
+    y = np.zeros((5 * margin, 6 * margin, 3), np.float32)
+    sizes = shrink(model, monkeypatch, y.size, OUT_OF_MEMORY[0])
+    with pytest.raises(ImageError, match="smallest tiles"):
+        restore(exact(y), model, Settings(SIGMA, memory=(2 * margin) ** 2 * need))
+    assert not sizes
+    memory = 3 * max(3 * margin, 256) ** 2 * need // 2
+    restore(exact(y), model, Settings(SIGMA, memory=memory))
+    assert sizes and max(sizes) * need <= memory
+
+
 @pytest.mark.parametrize("message", ["can't allocate memory: 9 bytes", "something else"])
 def test_out_of_memory_is_an_error_that_says_what_helps(
     narrow: Model, monkeypatch: pytest.MonkeyPatch, message: str
