@@ -83,7 +83,7 @@ class Norm(nn.Module):
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Adjoint]:
         """The norm without its gain, and the adjoint of that."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define its normalisation")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Adjoint]:
         gain = self.gain.to(x.dtype).view(1, -1, 1, 1)
