@@ -114,10 +114,16 @@ class Model:
         """
         for ability in ("denoises", "classifies"):  # a joint density is both
             self._need(ability, "give a log-density")
+        module = self.module
+        if not isinstance(module, joint.Joint):
+            raise UsageError(
+                f"model {self.name!r} ({self.header.arch}) has a score and class scores, "
+                "but no log-density: give a model of architecture gradresnet"
+            )
         weights = self.weights(c)
 
         def run(batch: Tensor) -> Tensor:
-            f = self.module.log_joint(batch, sigma)
+            f = module.log_joint(batch, sigma)
             if weights is not None:
                 f = f + joint.per_class(weights, f).log()
             return f.logsumexp(1)

@@ -272,8 +272,8 @@ class _Batch:
     def solve(self, weights: Tensor | None = None) -> tuple[np.ndarray, Tensor]:
         """Corrections, (n, H, W, C), for class weights (n, K) or the posterior; class scores."""
         if self.tiled:
-            chosen = self.logits.softmax(1) if weights is None else weights
-            return self.field.correction(chosen[0])[None], self.logits
+            chosen = None if weights is None else weights[0]
+            return self.field.correction(chosen)[None], self.logits
         correction, logits = self.model.module.correction(
             self.y, self.seen, None if weights is None else self._filled(weights)
         )

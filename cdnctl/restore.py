@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from cdnctl import images, tiles
 from cdnctl.api import Model
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
-from cdnctl.models import Weights
+from cdnctl.models import Weights, Whole
 from cdnctl.runtime import available_memory
 
 AUTO = "auto"
@@ -91,6 +92,7 @@ class Field:
         self.tiles = tiles.plan(height, width, side, config.margin, config.multiple)
         self.cells = height * width // config.multiple**2
         self._watch, self._seen = watch, 0
+        self._logits: Tensor | None = None
 
     @property
     def area(self) -> int:
@@ -110,21 +112,29 @@ class Field:
                 block = block[part] if axis == 0 else block[:, part]
         return torch.from_numpy(np.ascontiguousarray(images.to_unit(block).transpose(2, 0, 1)))
 
+    @torch.no_grad()
     def logits(self) -> Tensor:
         """Class scores of the whole picture, (K,)."""
         module = self.model.module
         if not module.classifies:
             return torch.zeros(module.num_classes)
-        mean = tiles.mean_of_cells(
-            self._counted(lambda y: module.class_features(self.repeated(y), self.seen)),
-            self.read,
-            self.tiles,
-            self.model.device,
-            module.config.multiple,
-        )
-        weight = module.head.linear.weight
-        scores: Tensor = module.head.linear(mean.to(weight)).cpu()
-        return scores
+        if self._logits is None:
+            mean = tiles.mean_of_cells(
+                self._counted(lambda y: module.class_features(self.repeated(y), self.seen)),
+                self.read,
+                self.tiles,
+                self.model.device,
+                module.config.multiple,
+            )
+            weight = module.head.linear.weight
+            self._logits = module.head.linear(mean.to(weight)).cpu()
+        return self._logits
+
+    def whole(self, weights: Weights) -> Whole | None:
+        """What the network must know of the picture to work on a tile of it."""
+        if len(self.tiles) == 1 or (weights is None and not self.model.module.mixes):
+            return None
+        return Whole(self.cells, self.logits().softmax(0).to(self.model.device))
 
     def repeated(self, y: Tensor) -> Tensor:
         """(B, C, h, w) of the picture with the network's number of channels."""
@@ -145,7 +155,7 @@ class Field:
         if isinstance(weights, Tensor):
             weights = weights.to(y.device)
         correction, _ = self.model.module.correction(
-            self.repeated(y), self.seen, weights, self.cells
+            self.repeated(y), self.seen, weights, self.whole(weights)
         )
         return self.averaged(correction)
 
@@ -167,26 +177,32 @@ class Field:
         return result
 
     def stream(
-        self, choose: Callable[[Tensor], Tensor]
+        self, choose: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Iterator[tuple[tiles.Box, np.ndarray]], Callable[[], Tensor]]:
         """Correction, place by place as from `each`, for the class weights that ``choose``
-        makes of the class scores, (K,) to (K,); and the scores, there with the first place.
+        makes of the class scores, (K,) to (K,), or for the posterior; and the scores, to be
+        had when the places are done.
 
         A picture of one tile takes a single pass.
         """
-        seen: list[Tensor] = []
         if len(self.tiles) > 1:
-            seen.append(self.logits())
-            weights: Weights = choose(seen[0])
-        else:
+            weights = None if choose is None else choose(self.logits())
+            return self.each(lambda y: self.correct(y, weights)), self.logits
 
-            def weights(logits: Tensor) -> Tensor:
-                seen.append(logits[0].cpu())
-                return choose(seen[0]).to(logits.device)
+        def correct(y: Tensor) -> Tensor:
+            def chosen(logits: Tensor) -> Tensor:
+                assert choose is not None
+                return choose(logits[0].cpu()).to(logits.device)
 
-        return self.each(lambda y: self.correct(y, weights)), lambda: seen[0]
+            correction, logits = self.model.module.correction(
+                self.repeated(y), self.seen, None if choose is None else chosen
+            )
+            self._logits = logits[0].cpu()
+            return self.averaged(correction)
 
-    def solve(self, choose: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, Tensor]:
+        return self.each(correct), self.logits
+
+    def solve(self, choose: Callable[[Tensor], Tensor] | None = None) -> tuple[np.ndarray, Tensor]:
         """What `stream` gives, at once: the correction, (H, W, C), and the class scores."""
         result = np.empty((self.height, self.width, self.channels), np.float32)
         places, scores = self.stream(choose)
@@ -194,8 +210,8 @@ class Field:
             result[place] = values
         return result, scores()
 
-    def correction(self, weights: Tensor) -> np.ndarray:
-        """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C)."""
+    def correction(self, weights: Tensor | None = None) -> np.ndarray:
+        """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C); without weights, of the posterior."""
         return self.over_tiles(lambda y: self.correct(y, weights))
 
     def _counted(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -258,7 +274,7 @@ def _sample(pixels: np.ndarray, side: int = 256, count: int = 8) -> np.ndarray:
     return pixels
 
 
-def class_weights(model: Model, logits: Tensor, settings: Settings) -> Tensor:
+def class_weights(model: Model, settings: Settings, logits: Tensor) -> Tensor:
     """Weights w with D_w = D + guidance (D_target - D), (K,): the whole choice of classes
     is one mixture, because D = sum_c p(c | y) D_c."""
     p = logits.softmax(0)
@@ -374,7 +390,8 @@ def restore(
 
 def _blend(image: Image, field: Field, settings: Settings) -> tuple[np.ndarray, Tensor]:
     """Samples of the restored picture, and the class scores."""
-    places, scores = field.stream(lambda found: class_weights(field.model, found, settings))
+    choose = partial(class_weights, field.model, settings) if settings.target else None
+    places, scores = field.stream(choose)
     result = np.empty_like(image.samples)
     for place, correction in places:
         result[place] = _step(image.samples[place], correction, settings)
@@ -419,15 +436,15 @@ def restore_batch(
     seen = torch.ones(count)
     for i, field in enumerate(fields):
         y[i], seen[i] = field.repeated(field.read(box)[None])[0], field.seen
-    found: list[Tensor] = []
 
     def weights(logits: Tensor) -> Tensor:
-        found.extend(logits.cpu())
-        chosen = torch.stack([class_weights(model, scores, settings) for scores in found])
+        chosen = torch.stack([class_weights(model, settings, scores) for scores in logits.cpu()])
         return chosen.to(logits.device)
 
     with memory_errors(first):
-        correction, _ = model.module.correction(y.to(model.device), seen.to(model.device), weights)
+        correction, found = model.module.correction(
+            y.to(model.device), seen.to(model.device), weights if settings.target else None
+        )
     steps = [
         field.placed(field.averaged(part[None])[0])
         for field, part in zip(fields, correction, strict=False)
@@ -440,7 +457,7 @@ def restore_batch(
             ranked(model, scores),
         )
         for picture, sigma, field, step, scores in zip(
-            pictures, sigmas, fields, steps, found, strict=False
+            pictures, sigmas, fields, steps, found.cpu(), strict=False
         )
     ]
 

@@ -23,10 +23,9 @@ class Denoiser(Protocol):
     def __call__(self, y: Tensor, sigma: Tensor | float) -> Tensor: ...
 
 
+@runtime_checkable
 class Joint(Protocol):
-    """A model of noisy pictures and classes."""
-
-    num_classes: int
+    """A density of noisy pictures and classes."""
 
     def log_joint(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """f_c(y, sigma): (B, C, H, W) -> (B, K), in nats."""
@@ -38,6 +37,13 @@ class HasScore(Protocol):
     """A model that computes its score without autograd, or has nothing but a score."""
 
     def score(self, y: Tensor, sigma: Tensor | float, weights: Tensor | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class HasPosterior(Protocol):
+    """A model that computes its class scores without its density, or has no density."""
+
+    def class_scores(self, y: Tensor, sigma: Tensor | float) -> Tensor: ...
 
 
 def per_sample(sigma: Tensor | float, y: Tensor) -> Tensor:
@@ -73,8 +79,10 @@ def log_marginal(model: Joint, y: Tensor, sigma: Tensor | float) -> Tensor:
     return model.log_joint(y, sigma).logsumexp(1)
 
 
-def posterior(model: Joint, y: Tensor, sigma: Tensor | float) -> Tensor:
-    """p(c | y), (B, K): softmax of the joint log-density over classes."""
+def posterior(model: Joint | HasPosterior, y: Tensor, sigma: Tensor | float) -> Tensor:
+    """p(c | y), (B, K): softmax of the joint log-density, or the class scores, over classes."""
+    if isinstance(model, HasPosterior):
+        return model.class_scores(y, sigma).softmax(1)
     return model.log_joint(y, sigma).softmax(1)
 
 

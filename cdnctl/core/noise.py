@@ -22,7 +22,9 @@ def sample_sigma(
 ) -> Tensor:
     """Random noise levels, (count,), in [low, high]: low + (high - low) * u^power, u uniform.
 
-    power = 1 is the uniform distribution; above 1 favours low noise.
+    power = 1 is the uniform distribution; above 1 favours low noise. Stratified: one u in each
+    of ``count`` equal parts of [0, 1], in random order, so that every batch holds all levels.
     """
-    u = torch.rand(count, generator=generator)
+    order = torch.randperm(count, generator=generator)
+    u = (order + torch.rand(count, generator=generator)) / count
     return low + (high - low) * u**power
