@@ -278,7 +278,7 @@ class _Batch:
             self.y, self.seen, None if weights is None else self._filled(weights)
         )
         placed = [
-            field.placed(field.averaged(part[None])[0])
+            field.placed(field.accepted(part[None])[0])
             for field, part in zip(self.fields, correction, strict=False)
         ]
         return np.stack(placed), logits[: self.count].cpu()

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from cdnctl import images, tiles
 from cdnctl.api import Model
+from cdnctl.core.guard import held_back
+from cdnctl.core.noise import ends, unclipped
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
 from cdnctl.models import Weights, Whole
@@ -25,6 +27,7 @@ AUTO = "auto"
 # which need 0.6 GB themselves, stay below 2. Larger ones overlap less and take less time.
 DEFAULT_TILE = 1344
 MIN_TILE = 256
+END_WINDOW = 9  # pixels, see `core.noise.ends`
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Restored:
     sigma: float  # noise level used, in [0, 1] pixel units
     sigma_seen: float  # what the network was told: more than sigma for gray pictures
     posterior: Mapping[str, float]  # p(c | picture), most probable class first
+    held: float = 0.0  # share of the pixels where the model was held back, see core.guard
 
 
 class Field:
@@ -93,6 +97,7 @@ class Field:
         self.cells = height * width // config.multiple**2
         self._watch, self._seen = watch, 0
         self._logits: Tensor | None = None
+        self._held = self._covered = 0  # pixels of tiles: held back, and all
 
     @property
     def area(self) -> int:
@@ -140,9 +145,20 @@ class Field:
         """(B, C, h, w) of the picture with the network's number of channels."""
         return y.repeat(1, self.repeat, 1, 1)
 
-    def averaged(self, correction: Tensor) -> Tensor:
-        """(B, C, h, w) from the network with the picture's number of channels."""
-        return correction.mean(1, keepdim=True) if self.repeat > 1 else correction
+    def accepted(self, correction: Tensor) -> Tensor:
+        """(B, C, h, w) from the network with the picture's number of channels, within what
+        sigma allows."""
+        if self.repeat > 1:
+            correction = correction.mean(1, keepdim=True)
+        correction, factor = held_back(correction, self.sigma)
+        self._held += int((factor < 1).sum())
+        self._covered += factor.numel()
+        return correction
+
+    @property
+    def held(self) -> float:
+        """Share of the pixels where corrections were more than sigma allows, until now."""
+        return self._held / max(1, self._covered)
 
     def placed(self, values: Tensor) -> np.ndarray:
         """(C, h, w) as (h, w, C) with the channels that the picture is stored with, and without
@@ -157,7 +173,7 @@ class Field:
         correction, _ = self.model.module.correction(
             self.repeated(y), self.seen, weights, self.whole(weights)
         )
-        return self.averaged(correction)
+        return self.accepted(correction)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Iterator[tuple[tiles.Box, np.ndarray]]:
         """Apply a function of tiles, (B, C, h, w) to the same: places in the picture, and the
@@ -198,7 +214,7 @@ class Field:
                 self.repeated(y), self.seen, None if choose is None else chosen
             )
             self._logits = logits[0].cpu()
-            return self.averaged(correction)
+            return self.accepted(correction)
 
         return self.each(correct), self.logits
 
@@ -385,7 +401,8 @@ def restore(
             if smaller.area == field.area:
                 raise
             field = smaller
-    return Restored(image.with_samples(samples), sigma, field.seen, ranked(model, logits))
+    found = ranked(model, logits)
+    return Restored(image.with_samples(samples), sigma, field.seen, found, field.held)
 
 
 def _blend(image: Image, field: Field, settings: Settings) -> tuple[np.ndarray, Tensor]:
@@ -394,18 +411,42 @@ def _blend(image: Image, field: Field, settings: Settings) -> tuple[np.ndarray, 
     places, scores = field.stream(choose)
     result = np.empty_like(image.samples)
     for place, correction in places:
-        result[place] = _step(image.samples[place], correction, settings)
+        result[place] = _step(image.samples, place, correction, field.sigma, settings.strength)
     return result, scores()
 
 
-def _step(samples: np.ndarray, correction: np.ndarray, settings: Settings) -> np.ndarray:
-    """Samples (h, w, C) moved along their correction, in [0, 1] pixel units, in their dtype."""
-    if settings.strength == 0:
-        return samples
+def _step(
+    samples: np.ndarray, place: tiles.Box, correction: np.ndarray, sigma: float, strength: float
+) -> np.ndarray:
+    """The samples (h, w, C) of a place moved along their correction, in [0, 1] pixel units, in
+    their dtype."""
+    here = samples[place]
+    if strength == 0:
+        return here
     if not np.isfinite(correction).all():
         raise ImageError("the network gave numbers that are not finite; check --sigma and --model")
-    pixels = images.to_unit(samples) + np.float32(settings.strength) * correction
-    return images.from_unit(pixels, samples.dtype)
+    y = images.to_unit(here)
+    x = y + correction
+    if samples.dtype.kind == "u" and sigma > 0:
+        # A place of a picture is treated as the picture is: its surroundings are looked at.
+        around, inside = _with_halo(place, samples.shape[:2])
+        low, high = ends(images.to_unit(samples[around]), END_WINDOW)
+        step = 1 / float(np.iinfo(samples.dtype).max)
+        # What was held back altogether is no mean of anything.
+        changed = (correction != 0).any(-1, keepdims=True)
+        x = np.where(changed, unclipped(x, sigma, (low[inside], high[inside]), step), y)
+    return images.from_unit(y + np.float32(strength) * (x - y), samples.dtype)
+
+
+def _with_halo(place: tiles.Box, size: tuple[int, ...]) -> tuple[tiles.Box, tiles.Box]:
+    """A place with what `ends` looks at around it, and the place within that."""
+    halo = END_WINDOW // 2
+    around, inside = [], []
+    for part, length in zip(place, size, strict=True):
+        start, stop = max(0, part.start - halo), min(length, part.stop + halo)
+        around.append(slice(start, stop))
+        inside.append(slice(part.start - start, part.stop - start))
+    return (around[0], around[1]), (inside[0], inside[1])
 
 
 def _need_denoiser(model: Model) -> None:
@@ -446,15 +487,19 @@ def restore_batch(
             y.to(model.device), seen.to(model.device), weights if settings.target else None
         )
     steps = [
-        field.placed(field.averaged(part[None])[0])
+        field.placed(field.accepted(part[None])[0])
         for field, part in zip(fields, correction, strict=False)
     ]
+    everything = (slice(0, first.height), slice(0, first.width))
     return [
         Restored(
-            picture.with_samples(_step(picture.samples, step, settings)),
+            picture.with_samples(
+                _step(picture.samples, everything, step, sigma, settings.strength)
+            ),
             sigma,
             field.seen,
             ranked(model, scores),
+            field.held,
         )
         for picture, sigma, field, step, scores in zip(
             pictures, sigmas, fields, steps, found.cpu(), strict=False
