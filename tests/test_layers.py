@@ -19,7 +19,7 @@ LAYERS = [
     {"analysis", "batch", "evaluate", "benchmark", "methods", "ratios", "training"},
     {"restore"},
     {"api", "selection"},
-    {"checkpoints", "images", "manifest", "tiles", "runtime"},
+    {"checkpoints", "images", "manifest", "pictures", "tiles", "runtime"},
     {"models"},
     {"core"},
     {"fields"},
