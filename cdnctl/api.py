@@ -55,8 +55,8 @@ class Model(nn.Module):
 
     **Precision**: the network computes in the better of the precisions of its weights and of
     the picture, and no worse than float32, but for the convolutions of a model in half
-    precision (``model.half()``), which are done in that. Probabilities, densities of half
-    precision pictures are float32.
+    precision (``model.half()``), which are done in that. Probabilities and densities of half
+    precision pictures are float32, or they would overflow.
 
     **Gradients** flow through everything: to y and sigma if they require grad, to the weights
     after ``model.requires_grad_(True)``. Otherwise, and under ``torch.no_grad``, no graph is
