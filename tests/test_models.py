@@ -499,6 +499,18 @@ def test_half_precision_trunk(arch: str, norm: str) -> None:
     assert net.log_joint(y, SIGMA).dtype is torch.float32 if isinstance(net, Joint) else True
 
 
+@each_arch
+def test_half_precision_weights_run_the_trunk_in_half_precision(arch: str, norm: str) -> None:
+    net, y = make(replace(TINY, norm=norm), arch).half(), pictures(TINY)
+    for function in (lambda: net.correction(y, SIGMA)[0], lambda: net(y, SIGMA)[1]):
+        found = []
+        for net.compute_dtype in (None, torch.float16, torch.float32):
+            found.append(function())
+        assert all(f.dtype is torch.float32 for f in found)
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2]) or not found[0].any()
+
+
 # -- how far a pixel reaches --------------------------------------------------------------------
 
 LOCAL_NETS = [("gradresnet", c) for c in LOCAL if not c.decoder] + [

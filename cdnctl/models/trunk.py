@@ -22,12 +22,15 @@ from cdnctl.models.adjoint import (
     PixelNorm,
     Residual,
     init_normal,
+    stat_dtype,
 )
 
 PRIOR_STD = 0.25  # s0: about the standard deviation of the pixels of natural images
 MIN_SIGMA = 1e-4  # below this (0.03 of 255) a noise level is treated as this one
 
 MAX_STAGES, MAX_BLOCKS = 10, 100
+
+HALF = (torch.float16, torch.bfloat16)
 
 Weights = Tensor | Callable[[Tensor], Tensor] | None
 
@@ -236,8 +239,10 @@ class Trunk(nn.Module):
         h = F.pixel_unshuffle(n.z, self.config.unshuffle)
         # The noise level in the unit of z: the standard deviation of z's noise.
         level = (n.sigma / n.tau).expand(h.shape[0], 1, *h.shape[-2:])
+        weight = self.stem.weight.dtype
+        dtype = dtype or (weight if weight in HALF else h.dtype)
         extra = [level, torch.ones_like(level)] if self.config.constant else [level]
-        h = torch.cat([h, *extra], 1).to(dtype or h.dtype)
+        h = torch.cat([h, *extra], 1).to(dtype)
         return h.contiguous(memory_format=torch.channels_last)
 
     def encode(self, n: Normalised, dtype: torch.dtype | None) -> Iterator[Tensor]:
@@ -301,22 +306,29 @@ class ClassHead(nn.Module):
         gradient than one over the part.
         """
         top, adjoint = self.features(h)
-        logits = self.linear(top.to(self.linear.weight.dtype).mean((2, 3)))
+        logits = self.scores(top.to(stat_dtype(top)).mean((2, 3)))
 
         def run(w: Tensor) -> Tensor:
             count = top.shape[2] * top.shape[3] if whole is None else whole.cells
-            weight = self.linear.weight
-            g = (w.to(weight.dtype) @ weight)[:, :, None, None] / count
+            g = (w @ self.linear.weight.to(w.dtype))[:, :, None, None] / count
             return adjoint(g.to(top.dtype).expand_as(top))
 
         return logits, run
+
+    def scores(self, mean: Tensor) -> Tensor:
+        """(B, K) class scores of the mean features (B, F), as precise as the better of the
+        mean and the weights."""
+        weight, bias = self.linear.weight, self.linear.bias
+        wide = torch.promote_types(mean.dtype, weight.dtype)
+        return F.linear(mean.to(wide), weight.to(wide), bias.to(wide))
 
 
 class Network(nn.Module):
     """What every architecture offers: a correction towards the clean picture, and class scores.
 
-    ``compute_dtype`` is the precision of the trunk (None: that of the input); the
-    input, the output, the class scores and energies stay at the input's.
+    ``compute_dtype`` is the precision of the trunk (None: that of weights in half
+    precision, else that of the input); the input, the output, the class scores and
+    energies stay at the input's.
     """
 
     denoises: ClassVar[bool] = True
@@ -375,5 +387,4 @@ class Network(nn.Module):
         They are exact where the joint density is not: beside its energy, of the order of
         1 / sigma^2, the differences between classes drown in rounding.
         """
-        scores: Tensor = self.head.linear(self.class_features(y, sigma).mean((2, 3)))
-        return scores
+        return self.head.scores(self.class_features(y, sigma).mean((2, 3)))
