@@ -150,7 +150,7 @@ class Field:
         sigma allows."""
         if self.repeat > 1:
             correction = correction.mean(1, keepdim=True)
-        correction, factor = held_back(correction, self.sigma)
+        correction, factor = held_back(correction, self.sigma, _sample_step(self.pixels.dtype))
         self._held += int((factor < 1).sum())
         self._covered += factor.numel()
         return correction
@@ -431,11 +431,16 @@ def _step(
         # A place of a picture is treated as the picture is: its surroundings are looked at.
         around, inside = _with_halo(place, samples.shape[:2])
         low, high = ends(images.to_unit(samples[around]), END_WINDOW)
-        step = 1 / float(np.iinfo(samples.dtype).max)
+        step = _sample_step(samples.dtype)
         # What was held back altogether is no mean of anything.
         changed = (correction != 0).any(-1, keepdims=True)
         x = np.where(changed, unclipped(x, sigma, (low[inside], high[inside]), step), y)
     return images.from_unit(y + np.float32(strength) * (x - y), samples.dtype)
+
+
+def _sample_step(dtype: np.dtype) -> float:
+    """The distance of two values that a sample can have, in [0, 1] pixel units."""
+    return 1 / float(np.iinfo(dtype).max) if dtype.kind == "u" else 0.0
 
 
 def _with_halo(place: tiles.Box, size: tuple[int, ...]) -> tuple[tiles.Box, tiles.Box]:

@@ -17,27 +17,26 @@ WINDOW = 15  # pixels; large enough for a mean, small enough to find the place
 # Standard deviations that a window of pure noise may lie above sigma^2: none does in 100
 # megapixels.
 SPREAD = 8.0
-ROUNDING = 1 / 255  # samples of 8 bits are off by as much as noise of this over sqrt(12)
 FAR = 4.0  # at this many times the limit's root nothing is left of a change, from half of it on
 
 
 def held_back(
-    correction: Tensor, sigma: Tensor | float, channels: int | None = None
+    correction: Tensor, sigma: Tensor | float, step: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """A correction D - y, (B, C, H, W), within what sigma allows, and the factor that it
     took, (B, 1, H, W) in [0, 1].
 
-    sigma: float or (B,), in the unit of the picture. channels: how many of the C carry noise
-    of their own (None: all). Where the mean square over a window exceeds the limit L, the
-    correction is scaled to it; beyond 4 L it fades out, until at 16 L the input is left. Values
-    that are not finite stay so.
+    sigma: float or (B,), in the unit of the picture. step: the distance of two values that a
+    sample can have, whose rounding is noise as well. Where the mean square over a window
+    exceeds the limit L, the correction is scaled to it; beyond 4 L it fades out, until at 16 L
+    the input is left. Values that are not finite stay so.
     """
     square = correction.detach().square().mean(1, keepdim=True)
     power = avg_pool2d(square, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     # At the edges a window holds fewer pixels.
     count = avg_pool2d(torch.ones_like(square[:1]), WINDOW, 1, WINDOW // 2, divisor_override=1)
-    count = count * (channels or correction.shape[1])
-    variance = per_sample(sigma, correction).square() + ROUNDING**2 / 12
+    count = count * correction.shape[1]
+    variance = per_sample(sigma, correction).square() + step**2 / 12
     limit = variance * (1 + SPREAD * (2 / count).sqrt())
     ratio = limit / power.clamp_min(limit)
     near, far = (2 / FAR) ** 2, 1 / FAR**2
