@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -365,6 +365,20 @@ def batch_size(height: int, width: int) -> int:
     return max(1, min(32, 2**16 // (height * width)))
 
 
+def _is_bilevel(samples: np.ndarray) -> bool:
+    """Whether whole numbers are all black or white: no noise can be told from that."""
+    if samples.dtype.kind != "u":
+        return False
+    white = np.iinfo(samples.dtype).max
+    blocks = (samples[row : row + 64] for row in range(0, len(samples), 64))
+    return all(((b == 0) | (b == white)).all() for b in blocks)
+
+
+def _left_alone(image: Image) -> Restored:
+    note = "every sample is black or white: left as it is"
+    return Restored(replace(image, notes=(*image.notes, note)), 0.0, 0.0, {})
+
+
 @torch.no_grad()
 def restore(
     image: Image,
@@ -380,6 +394,8 @@ def restore(
     _need_denoiser(model)
     if batch_size(*image.samples.shape[:2]) > 1:
         return restore_batch([image], model, settings)[0]
+    if _is_bilevel(image.samples):
+        return _left_alone(image)
     sigma = estimate_sigma(image.samples, image.alpha) if settings.sigma is None else settings.sigma
     tile = settings.tile or default_tile(model, settings.memory)
     field = Field(model, image.samples, sigma, tile, watch)
@@ -415,17 +431,21 @@ def _blend(image: Image, field: Field, settings: Settings) -> tuple[np.ndarray, 
     return result, scores()
 
 
-def _step(
-    samples: np.ndarray, place: tiles.Box, correction: np.ndarray, sigma: float, strength: float
+def moved(
+    samples: np.ndarray,
+    place: tiles.Box,
+    correction: np.ndarray,
+    sigma: float,
+    strength: float = 1.0,
 ) -> np.ndarray:
-    """The samples (h, w, C) of a place moved along their correction, in [0, 1] pixel units, in
-    their dtype."""
-    here = samples[place]
-    if strength == 0:
-        return here
+    """A place of samples (H, W, C) of any dtype, moved along its correction (h, w, C) as far as
+    ``strength`` says: float32 in [0, 1] pixel units, not clipped.
+
+    Whole numbers hold clipped noise, whose effect on blacks and whites is undone.
+    """
     if not np.isfinite(correction).all():
         raise ImageError("the network gave numbers that are not finite; check --sigma and --model")
-    y = images.to_unit(here)
+    y = images.to_unit(samples[place])
     x = y + correction
     if samples.dtype.kind == "u" and sigma > 0:
         # A place of a picture is treated as the picture is: its surroundings are looked at.
@@ -435,12 +455,26 @@ def _step(
         # What was held back altogether is no mean of anything.
         changed = (correction != 0).any(-1, keepdims=True)
         x = np.where(changed, unclipped(x, sigma, (low[inside], high[inside]), step), y)
-    return images.from_unit(y + np.float32(strength) * (x - y), samples.dtype)
+    return y + np.float32(strength) * (x - y)
+
+
+def _step(
+    samples: np.ndarray, place: tiles.Box, correction: np.ndarray, sigma: float, strength: float
+) -> np.ndarray:
+    """What `moved` gives, in the dtype of the samples."""
+    if strength == 0:
+        return samples[place]
+    return images.from_unit(moved(samples, place, correction, sigma, strength), samples.dtype)
 
 
 def _sample_step(dtype: np.dtype) -> float:
     """The distance of two values that a sample can have, in [0, 1] pixel units."""
     return 1 / float(np.iinfo(dtype).max) if dtype.kind == "u" else 0.0
+
+
+def whole_place(samples: np.ndarray) -> tiles.Box:
+    """The place that is the whole of (H, W, C)."""
+    return slice(0, samples.shape[0]), slice(0, samples.shape[1])
 
 
 def _with_halo(place: tiles.Box, size: tuple[int, ...]) -> tuple[tiles.Box, tiles.Box]:
@@ -495,9 +529,11 @@ def restore_batch(
         field.placed(field.accepted(part[None])[0])
         for field, part in zip(fields, correction, strict=False)
     ]
-    everything = (slice(0, first.height), slice(0, first.width))
+    everything = whole_place(first.pixels)
     return [
-        Restored(
+        _left_alone(picture)
+        if _is_bilevel(picture.samples)
+        else Restored(
             picture.with_samples(
                 _step(picture.samples, everything, step, sigma, settings.strength)
             ),

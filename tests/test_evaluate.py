@@ -32,6 +32,7 @@ from cdnctl.evaluate import (
     evaluate,
     find_samples,
     noisy_version,
+    picture_psnr,
     ssim,
     summarise,
 )
@@ -643,3 +644,20 @@ def test_the_command_refuses(tmp_path: Path, cdnctl_evaluate: Run, args: tuple[s
     code, out, err = cdnctl_evaluate(*MODELS[:2], *args)
     assert code == 2 and err and not out
     assert not list(tmp_path.glob("a.*"))
+
+
+def test_clipped_noise_is_measured_as_denoise_meets_it(tmp_path: Path) -> None:
+    """--clip: the scores are those of a file of 8 bits that is restored with the sigma told."""
+    clean = write(tmp_path / "clean" / "a.tif", np.clip(picture(40, 50) * 3 - 1, 0, 1))
+    model = tiny(tmp_path, gaussian=True)
+    sigma = 40 / 255
+    sample = Sample(clean)
+    (row,) = evaluate([sample], model, [sigma], seed=3, clip=True)
+    pixels = images.read(clean).pixels
+    noisy = Image.of(noisy_version(pixels, sigma, sample.key, 3), np.uint8)
+    assert ((noisy.samples == 0) | (noisy.samples == 255)).mean() > 0.1
+    by_hand = restore.restore(noisy, model, restore.Settings(sigma)).image.pixels
+    assert row.psnr == pytest.approx(picture_psnr(by_hand, pixels), abs=0.02)
+    assert row.psnr_noisy == pytest.approx(picture_psnr(noisy.pixels, pixels), abs=1e-4)
+    (plain,) = evaluate([sample], model, [sigma], seed=3)
+    assert plain.psnr != pytest.approx(row.psnr, abs=0.1)

@@ -503,3 +503,13 @@ def test_out_of_memory_is_an_error_that_says_what_helps(
     expected = ImageError if "memory" in message else RuntimeError
     with pytest.raises(expected, match="--tile" if "memory" in message else message):
         restore(exact(picture()), narrow, Settings(SIGMA))
+
+
+@pytest.mark.parametrize("size", [(40, 50), (200, 300)])
+def test_black_and_white_alone_are_left_as_they_are(tmp_path: Path, size: tuple[int, int]) -> None:
+    letters = Image.of((picture(*size) > 0.4).astype(np.float32), np.uint8)
+    result = restore(letters, tiny(tmp_path), Settings(0.1))
+    assert np.array_equal(result.image.samples, letters.samples)
+    assert "left as it is" in result.image.notes[-1]
+    letters.samples[-1, -1] = 7
+    assert "left" not in "".join(restore(letters, tiny(tmp_path), Settings(0.1)).image.notes)

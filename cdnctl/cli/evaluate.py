@@ -65,6 +65,10 @@ def evaluate(
     noisy: Annotated[
         Path | None, typer.Option("--noisy", help="Folder of noisy partners; adds no noise.")
     ] = None,
+    clip: Annotated[
+        bool,
+        typer.Option("--clip", help="Clip noisy pictures and round them, as files of 8 bits do."),
+    ] = False,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -140,14 +144,22 @@ def evaluate(
 ) -> None:
     """Measure PSNR, SSIM and accuracy on folders of clean pictures.
 
-    Noise is Gaussian, from a fixed seed, not clipped; results are clipped; scores are
-    means over pictures. What a model cannot do is left blank.
+    Noise is Gaussian, from a fixed seed, and not clipped unless --clip is given; results are
+    clipped; scores are means over pictures. What a model cannot do is left blank.
     """
     mode = "--attack" if attack else "--ood" if ood else None
-    others = {"--noisy": noisy, "--csv": csv_file, "--plot": plot, "--ood": ood if attack else None}
+    others = {
+        "--noisy": noisy,
+        "--clip": clip,
+        "--csv": csv_file,
+        "--plot": plot,
+        "--ood": ood if attack else None,
+    }
     for option, value in others.items():
         if mode and value:
             raise UsageError(f"{option} goes with the scores, not with {mode}")
+    if clip and noisy is not None:
+        raise UsageError("--clip is about noise that is added, but --noisy pictures have theirs")
     if attack_from is not None and not attack:
         raise UsageError("--attack-from says where changes come from: give --attack as well")
     default = {"--attack": "0", "--ood": "0,25", None: "15,25,50"}[mode]
@@ -174,7 +186,7 @@ def evaluate(
     elif ood:
         _measure_ood(run, ood)
     else:
-        rows = _measure_scores(run, noisy is not None)
+        rows = _measure_scores(run, noisy is not None, clip)
         if csv_file is not None:
             _write_csv(csv_file, rows)
         if plot is not None:
@@ -244,7 +256,7 @@ class _Run:
                 print(", ".join(f"{k} {v}" for k, v in report["protocol"].items()))
 
 
-def _measure_scores(run: _Run, paired: bool) -> list[dict[str, Any]]:
+def _measure_scores(run: _Run, paired: bool, clip: bool) -> list[dict[str, Any]]:
     """Scores of every model; the rows that they are means of."""
     from cdnctl.evaluate import evaluate, summarise
 
@@ -253,13 +265,14 @@ def _measure_scores(run: _Run, paired: bool) -> list[dict[str, Any]]:
     with progress(sum(len(s) for _, s in run.models) * per_picture, run.quiet) as advance:
         for model, samples in run.models:
             rows = []
-            for row in evaluate(samples, model, run.levels, run.seed):
+            for row in evaluate(samples, model, run.levels, run.seed, clip):
                 rows.append(row)
                 if row.error is not None:
                     run.fail(row.error)
                 advance()
+            made = "gaussian, clipped to 8 bits" if clip else "gaussian, not clipped"
             protocol = {
-                "noise": "given" if paired else "gaussian, not clipped",
+                "noise": "given" if paired else made,
                 "output": "clipped to [0, 1], not rounded",
                 "data_range": 1.0,
                 "averaging": "mean of per-picture values",
