@@ -35,14 +35,16 @@ OCTAVES = 4
 _BLOCK = 8
 _TONES = np.linspace(0, 1, 9)
 _CLIPPED = 0.05  # share of clipped pixels from which a block is not measured
-_QUANTILE = 0.1  # share of a tone's blocks that is taken to be flat
+_QUANTILE = 0.05  # share of a tone's blocks that is taken to be flat
 _BINS = 6
 _LEAST = 24  # blocks that a tone needs
 _TEXTURE = 0.1  # weight of what lies above the curve against what lies below
 # Most that noise grows from octave to octave, as level of white noise: luma, and chroma, of
 # which cameras and JPEG take the fine octaves.
-_GROWTH = ((2.2, 1.25, 1.1), (3.0, 3.0, 2.0))
+_GROWTH = ((1.8, 1.25, 1.1), (3.0, 3.0, 2.0))
+_CHANCE = 0.1  # logarithm of variance that noise differs by from block to block by chance
 _PEAK = 255
+_WHITE = 1.25  # most by which two octaves, or axes, of white noise seem to differ
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,15 @@ class Noise:
             return 1.0
         return float(np.sqrt(np.mean(total[1:] ** 2)) / total[0])
 
+    @property
+    def told(self) -> float:
+        """Level to tell a denoiser of white noise, whatever the confidence.
+
+        Grain hides from it unless it is told what luma has in the octave of two pixels, where
+        cameras leave most of their noise. That is sigma for white noise.
+        """
+        return float(self.octaves[0, 1])
+
     def curve(self, tone: Array | float) -> Array:
         """Relative level at tones in [0, 1], like ``tone``; constant beyond the ends."""
         return np.interp(tone, self.tones, self.shape)
@@ -103,9 +114,7 @@ class Noise:
     @property
     def is_white(self) -> bool:
         """Whether white noise of one level describes it well enough."""
-        levels = self.octaves[:, :2]
-        flat = levels.max() <= 1.25 * levels.min()
-        return bool(flat and max(self.shape) <= 1.5 * min(self.shape))
+        return bool(self.octaves.max() <= 1.01 * self.octaves.min())
 
     def summary(self) -> str:
         """In words, on the scale up to 255."""
@@ -252,19 +261,49 @@ def _model(found: Sequence[_Octave], channels: int) -> Noise:
         for j, part in enumerate(found)
         for c in range(channels)
     ]
-    heights, shape = _lower_curve(sets)
+    heights, shape, above = _lower_curve(sets)
     levels = np.exp(heights / 2).reshape(len(found), channels).T
     levels = np.concatenate([levels, levels[:, -1:].repeat(OCTAVES - len(found), 1)], 1)
+    confidences = [
+        _confidence(float(np.median(part.slopes[:, 0])), float(above[j * channels]))
+        for j, part in enumerate(found)
+    ]
+    confidence = confidences[0]
+    white = _white(levels)
+    if white is not None:
+        levels[:] = white
+        confidence = confidence if channels == 1 else 1.0
     for axis, row in enumerate(levels):
         for j, growth in enumerate(_GROWTH[min(axis, 1)]):
+            if axis == 0 and j == 0:
+                growth = 1 + (growth - 1) * confidences[min(1, len(found) - 1)]
             row[j + 1] = min(row[j + 1], growth * row[j])
     levels[levels < 1e-4] = 0
     return Noise(
         tuple(_TONES.tolist()),
         tuple(shape.tolist()),
         tuple(tuple(row) for row in levels.tolist()),
-        1.0,
+        confidence,
     )
+
+
+def _white(levels: Array) -> float | None:
+    """The level of white noise, if (axes, octaves) look like it."""
+    rest = levels[1:] if len(levels) > 1 else levels
+    fine, coarse = np.sqrt((rest[:, :2] ** 2).mean(0))
+    # Texture is in luma first, and no camera leaves the fine octave of chroma as it was.
+    if coarse > _WHITE * fine or not fine / _WHITE <= levels[0, 0] <= 1.6 * fine:
+        return None
+    return float(min(fine, np.sqrt((levels[:, 0] ** 2).mean())))
+
+
+def _confidence(slope: float, spread: float) -> float:
+    """How sure it is that blocks hold noise and not texture, 0 to 1.
+
+    slope: energy of the less flat over the flatter half of blocks that pass for flat: 1 for
+    noise. spread: standard deviation, over tones, of the logarithm of what the curve leaves.
+    """
+    return float(np.clip((1.6 - slope) / 0.4, 0, 1) * np.clip((0.5 - spread) / 0.3, 0, 1))
 
 
 def _lower_curve(sets: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -294,8 +333,9 @@ def _lower_curve(sets: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     for _ in range(30):
         solution = np.linalg.solve(a.T @ (a * weights[:, None]) + penalty, a.T @ (weights * b))
         residual = b - a @ solution
-        weights = np.where(residual > 0, _TEXTURE, 1.0)
+        weights = np.where(residual > _CHANCE, _TEXTURE, 1.0)
     heights, curve = solution[:count], solution[count:]
     tones = np.concatenate([t for t, _ in sets])
     mean = np.log(np.mean(np.exp(np.interp(tones, _TONES, curve))))
-    return heights + mean, np.exp((curve - mean) / 2)
+    above = np.array([(logs - row @ solution).std() / 2 for row, logs in zip(rows, values)])
+    return heights + mean, np.exp((curve - mean) / 2), above
