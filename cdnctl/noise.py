@@ -33,15 +33,15 @@ AXES: Array = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2],
 
 OCTAVES = 4
 _BLOCK = 8
-_TONES = np.linspace(0, 1, 9)
+_NODES = 9  # of the curve over tones
 _CLIPPED = 0.05  # share of clipped pixels from which a block is not measured
 _QUANTILE = 0.05  # share of a tone's blocks that is taken to be flat
 _BINS = 6
 _LEAST = 24  # blocks that a tone needs
 _TEXTURE = 0.1  # weight of what lies above the curve against what lies below
-# Most that noise grows from octave to octave, as level of white noise: luma, and chroma, of
-# which cameras and JPEG take the fine octaves.
-_GROWTH = ((1.8, 1.25, 1.1), (3.0, 3.0, 2.0))
+# Most that noise grows from octave to octave, as level of white noise: luma from the second
+# on, and chroma, of which cameras and JPEG take the fine octaves.
+_GROWTH = ((1.25, 1.1), (3.0, 3.0, 2.0))
 _CHANCE = 0.1  # logarithm of variance that noise differs by from block to block by chance
 _PEAK = 255
 _WHITE = 1.25  # most by which two octaves, or axes, of white noise seem to differ
@@ -109,7 +109,8 @@ class Noise:
 
     def curve(self, tone: Array | float) -> Array:
         """Relative level at tones in [0, 1], like ``tone``; constant beyond the ends."""
-        return np.interp(tone, self.tones, self.shape)
+        relative: Array = np.asarray(np.interp(tone, self.tones, self.shape))
+        return relative
 
     @property
     def is_white(self) -> bool:
@@ -120,11 +121,14 @@ class Noise:
         """In words, on the scale up to 255."""
         if _PEAK * self.sigma < 0.3:
             return "no noise to speak of"
-        dark, light = (_PEAK * self.sigma * float(self.curve(t)) for t in (0.15, 0.85))
+        dark, light = (_PEAK * self.sigma * self.shape[end] for end in (0, -1))
         unsure = "" if self.confidence >= 0.5 else ", unsure: may be texture"
         if self.is_white:
             return f"white noise, sigma {_PEAK * self.sigma:.3g}{unsure}"
-        words = [f"sigma {dark:.2g} in shadows to {light:.2g} in lights", f"grain {self.grain:.1f} px"]
+        words = [
+            f"sigma {dark:.2g} in shadows to {light:.2g} in lights",
+            f"grain {self.grain:.1f} px",
+        ]
         if len(self.levels) > 1:
             words.append(f"chroma {self.chroma:.1f} x luma")
         return "camera noise: " + ", ".join(words) + unsure
@@ -231,11 +235,28 @@ def _octave(pixels: Array, clipped: Array, stride: int) -> _Octave | None:
     return _Octave(np.array([np.median(tones[b]) for b in bins]), variances, slopes)
 
 
-def measure(pixels: Array) -> Noise:
-    """The noise of a picture (H, W, 1 or 3) in [0, 1]."""
-    y = np.asarray(pixels, np.float32)
+def _sample(pixels: Array) -> Array:
+    """At most 4 x 4 evenly spaced squares of 256 pixels of a picture, (H, W, C), as a mosaic."""
+    side, count = 256, 4
+    for axis in (0, 1):
+        size = pixels.shape[axis]
+        if size > side * count:
+            # At multiples of 8: JPEG works on such squares, and coarse octaves see whole ones.
+            starts = np.linspace(0, size - side, count).astype(int) // 8 * 8
+            pixels = np.take(pixels, (starts[:, None] + np.arange(side)).ravel(), axis)
+    return pixels
+
+
+def measure(pixels: Array, alpha: Array | None = None) -> Noise:
+    """The noise of a picture (H, W, 1 or 3) in [0, 1]; alpha: (H, W), 0 where it is hidden.
+
+    Large pictures are judged by a sample of them. Confidence is 0 for pictures too small to tell.
+    """
+    y = np.asarray(_sample(pixels), np.float32)
     # Exactly black or white: values beyond were not clipped.
     clipped = (np.abs(np.abs(y - 0.5) - 0.5) < 0.5 / _PEAK).any(2, keepdims=True)
+    if alpha is not None:
+        clipped |= _sample(alpha[:, :, None]) == 0
     clipped = clipped.astype(np.float32)
     channels = y.shape[2]
     axes = AXES if channels == 3 else np.eye(1)
@@ -261,26 +282,23 @@ def _model(found: Sequence[_Octave], channels: int) -> Noise:
         for j, part in enumerate(found)
         for c in range(channels)
     ]
-    heights, shape, above = _lower_curve(sets)
+    tones, heights, shape, above = _lower_curve(sets)
     levels = np.exp(heights / 2).reshape(len(found), channels).T
     levels = np.concatenate([levels, levels[:, -1:].repeat(OCTAVES - len(found), 1)], 1)
-    confidences = [
-        _confidence(float(np.median(part.slopes[:, 0])), float(above[j * channels]))
-        for j, part in enumerate(found)
+    texture = [
+        (float(np.median(part.slopes[:, 0])), above[j * channels]) for j, part in enumerate(found)
     ]
-    confidence = confidences[0]
+    confidence, growth = _confidence(texture, levels[0])
     white = _white(levels)
     if white is not None:
         levels[:] = white
         confidence = confidence if channels == 1 else 1.0
     for axis, row in enumerate(levels):
-        for j, growth in enumerate(_GROWTH[min(axis, 1)]):
-            if axis == 0 and j == 0:
-                growth = 1 + (growth - 1) * confidences[min(1, len(found) - 1)]
-            row[j + 1] = min(row[j + 1], growth * row[j])
+        for j, most in enumerate((growth, *_GROWTH[0]) if axis == 0 else _GROWTH[1]):
+            row[j + 1] = min(row[j + 1], most * row[j])
     levels[levels < 1e-4] = 0
     return Noise(
-        tuple(_TONES.tolist()),
+        tuple(tones.tolist()),
         tuple(shape.tolist()),
         tuple(tuple(row) for row in levels.tolist()),
         confidence,
@@ -297,22 +315,41 @@ def _white(levels: Array) -> float | None:
     return float(min(fine, np.sqrt((levels[:, 0] ** 2).mean())))
 
 
-def _confidence(slope: float, spread: float) -> float:
-    """How sure it is that blocks hold noise and not texture, 0 to 1.
+def _confidence(texture: Sequence[tuple[float, float]], luma: Array) -> tuple[float, float]:
+    """How sure it is, 0 to 1, that luma's octaves hold noise and not texture; and by what factor
+    the second may exceed the first.
 
-    slope: energy of the less flat over the flatter half of blocks that pass for flat: 1 for
-    noise. spread: standard deviation, over tones, of the logarithm of what the curve leaves.
+    texture: by octave, what of `_Octave.slopes` and how far, as standard deviation of a
+    logarithm, its tones lie off the curve. Constants were chosen on simulated photographs.
     """
-    return float(np.clip((1.6 - slope) / 0.4, 0, 1) * np.clip((0.5 - spread) / 0.3, 0, 1))
+
+    def ramp(value: float, good: float, bad: float) -> float:
+        return float(np.clip((bad - value) / (bad - good), 0, 1))
+
+    def noise(octave: tuple[float, float], good: float, bad: float) -> float:
+        return ramp(octave[0], good, bad) * ramp(octave[1], 0.2, 0.5)
+
+    fine = noise(texture[0], 1.1, 1.45)
+    if len(texture) < 3:
+        return fine, 1.0
+    coarse = noise(texture[1], 1.2, 1.6)
+    # Texture would be twice as strong, and more, in the third octave as in the second. JPEG
+    # empties the first, unevenly, so that the second is the better witness.
+    sure = noise(texture[1], 1.05, 1.2) * ramp(luma[2] / max(luma[1], 1e-9), 1.8, 2.3)
+    return max(fine, sure), max(1 + 0.8 * coarse, 1 + 3 * sure)
 
 
-def _lower_curve(sets: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+def _lower_curve(sets: Sequence[tuple[Array, Array]]) -> tuple[Array, Array, Array, Array]:
     """Logarithms of variances of several (tones, values), each of its own height above one
-    smooth curve, along their lower edge: the heights and the curve as relative level."""
-    nodes, count = len(_TONES), len(sets)
+    smooth curve, along their lower edge: its tones, the heights, the curve as relative level,
+    and how far each set lies off it, as standard deviation of the logarithm of level."""
+    every = np.concatenate([tones for tones, _ in sets])
+    start, end = every.min(), max(every.max(), every.min() + 0.01)
+    nodes, count = _NODES, len(sets)
+    tones_of_nodes = np.linspace(start, end, nodes)
     rows, values = [], []
     for i, (tones, logs) in enumerate(sets):
-        place = np.clip(tones * (nodes - 1), 0, nodes - 1)
+        place = (tones - start) / (end - start) * (nodes - 1)
         left = np.minimum(place.astype(int), nodes - 2)
         row = np.zeros((len(tones), count + nodes))
         row[:, i] = 1
@@ -323,10 +360,12 @@ def _lower_curve(sets: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
         values.append(logs)
     a, b = np.concatenate(rows), np.concatenate(values)
     smooth = np.zeros((2 * nodes - 2, count + nodes))
+    # As stiff per tone whatever the span: integrals of squares of the two derivatives.
+    level, straight = (end - start) ** -0.5, 2 * (end - start) ** -1.5
     for k in range(nodes - 1):
-        smooth[k, count + k : count + k + 2] = -1, 1  # level
+        smooth[k, count + k : count + k + 2] = level, -level
     for k in range(nodes - 2):
-        smooth[nodes - 1 + k, count + k : count + k + 3] = 2, -4, 2  # and straight
+        smooth[nodes - 1 + k, count + k : count + k + 3] = straight, -2 * straight, straight
     smooth[-1, count:] = 0.1  # heights and curve share a constant
     penalty = 0.3 * smooth.T @ smooth
     weights = np.ones(len(b))
@@ -335,7 +374,6 @@ def _lower_curve(sets: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
         residual = b - a @ solution
         weights = np.where(residual > _CHANCE, _TEXTURE, 1.0)
     heights, curve = solution[:count], solution[count:]
-    tones = np.concatenate([t for t, _ in sets])
-    mean = np.log(np.mean(np.exp(np.interp(tones, _TONES, curve))))
-    above = np.array([(logs - row @ solution).std() / 2 for row, logs in zip(rows, values)])
-    return heights + mean, np.exp((curve - mean) / 2), above
+    mean = np.log(np.mean(np.exp(np.interp(every, tones_of_nodes, curve))))
+    above = np.array([(v - r @ solution).std() / 2 for r, v in zip(rows, values, strict=True)])
+    return tones_of_nodes, heights + mean, np.exp((curve - mean) / 2), above

@@ -77,6 +77,7 @@ class Camera:
     contrast: of the tone curve around its middle, on top of sRGB's; 0 is none.
     smooth: standard deviation in pixels of the blur by which cameras hide colour noise.
     quality, subsampling: of the JPEG (0: 4:4:4, 2: 4:2:0); quality None: no JPEG and no rounding.
+    resaved: quality of a second JPEG, of 4:2:0, as programs and web sites make it.
     """
 
     lens: float = 0.7
@@ -90,6 +91,7 @@ class Camera:
     smooth: float = 0.0
     quality: int | None = 95
     subsampling: int = 0
+    resaved: int | None = None
 
     @staticmethod
     def random(rng: np.random.Generator) -> Camera:
@@ -105,8 +107,9 @@ class Camera:
             demosaic=str(rng.choice(["malvar", "bilinear"])),
             contrast=float(rng.uniform(0, 0.6)),
             smooth=float(max(0, rng.uniform(-2, 2))),
-            quality=int(rng.integers(75, 99)),
+            quality=int(rng.integers(85, 99)),
             subsampling=int(rng.choice([0, 2])),
+            resaved=int(rng.integers(70, 96)) if rng.random() < 0.5 else None,
         )
 
 
@@ -187,9 +190,13 @@ def photograph(scene: Array, camera: Camera, rng: np.random.Generator | None = N
         colour = display - luma[:, :, None]
         blurred = gaussian_filter(colour, (camera.smooth, camera.smooth, 0), mode="mirror")
         display = np.clip(blurred + luma[:, :, None], 0, 1)
-    return display if camera.quality is None else _jpeg(display, camera.quality, camera.subsampling)
+    if camera.quality is not None:
+        display = _jpeg(display, camera.quality, camera.subsampling)
+    return display if camera.resaved is None else _jpeg(display, camera.resaved, 2)
 
 
 def pair(scene: Array, camera: Camera, rng: np.random.Generator) -> tuple[Array, Array]:
     """A photograph without noise and without JPEG, and the same as the camera gives it."""
-    return photograph(scene, replace(camera, quality=None)), photograph(scene, camera, rng)
+    return photograph(scene, replace(camera, quality=None, resaved=None)), photograph(
+        scene, camera, rng
+    )
