@@ -247,6 +247,23 @@ def _sample(pixels: Array) -> Array:
     return pixels
 
 
+def _emptied(pixels: Array) -> float:
+    """Share of the squares of JPEG whose fine octave of luma it has set to zero: (H, W, C),
+    which starts at a corner of a square. Drawings and other formats have no more such squares
+    there than elsewhere, and get 0."""
+    luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32) if pixels.shape[2] == 3 else pixels[:, :, 0]
+
+    def share(part: Array) -> float:
+        squares = _blocks(part[:, :, None], _BLOCK)[:, 0]
+        energy = [((squares @ basis) ** 2).mean(1) for basis in (_EVEN, _ODD)]
+        return float((np.mean(energy, 0) < (0.45 / _PEAK) ** 2).mean())  # more than rounding leaves
+
+    half = _BLOCK // 2
+    if min(luma.shape) < 2 * _BLOCK:
+        return 0.0
+    return share(luma) - share(luma[half:, half:])
+
+
 def measure(pixels: Array, alpha: Array | None = None) -> Noise:
     """The noise of a picture (H, W, 1 or 3) in [0, 1]; alpha: (H, W), 0 where it is hidden.
 
@@ -260,6 +277,7 @@ def measure(pixels: Array, alpha: Array | None = None) -> Noise:
     clipped = clipped.astype(np.float32)
     channels = y.shape[2]
     axes = AXES if channels == 3 else np.eye(1)
+    emptied = _emptied(y)
     y = y @ axes.T.astype(np.float32)
     found = []
     for j in range(OCTAVES):
@@ -272,10 +290,10 @@ def measure(pixels: Array, alpha: Array | None = None) -> Noise:
         y, clipped = halved(y), halved(clipped)
     if not found:
         return Noise((0.0, 1.0), (1.0, 1.0), ((0.0,) * OCTAVES,) * channels, 0.0)
-    return _model(found, channels)
+    return _model(found, channels, emptied)
 
 
-def _model(found: Sequence[_Octave], channels: int) -> Noise:
+def _model(found: Sequence[_Octave], channels: int, emptied: float) -> Noise:
     scale = np.sqrt(channels)
     sets = [
         (part.tones / scale, np.log(np.maximum(part.variances[:, c], 1e-10)) + 2 * j * np.log(2))
@@ -288,7 +306,7 @@ def _model(found: Sequence[_Octave], channels: int) -> Noise:
     texture = [
         (float(np.median(part.slopes[:, 0])), above[j * channels]) for j, part in enumerate(found)
     ]
-    confidence, growth = _confidence(texture, levels[0])
+    confidence, growth = _confidence(texture, levels[0], emptied)
     white = _white(levels)
     if white is not None:
         levels[:] = white
@@ -310,17 +328,20 @@ def _white(levels: Array) -> float | None:
     rest = levels[1:] if len(levels) > 1 else levels
     fine, coarse = np.sqrt((rest[:, :2] ** 2).mean(0))
     # Texture is in luma first, and no camera leaves the fine octave of chroma as it was.
-    if coarse > _WHITE * fine or not fine / _WHITE <= levels[0, 0] <= 1.6 * fine:
+    if coarse > _WHITE * fine or not fine / _WHITE <= levels[0, 0] <= 2.5 * fine:
         return None
     return float(min(fine, np.sqrt((levels[:, 0] ** 2).mean())))
 
 
-def _confidence(texture: Sequence[tuple[float, float]], luma: Array) -> tuple[float, float]:
+def _confidence(
+    texture: Sequence[tuple[float, float]], luma: Array, emptied: float
+) -> tuple[float, float]:
     """How sure it is, 0 to 1, that luma's octaves hold noise and not texture; and by what factor
     the second may exceed the first.
 
     texture: by octave, what of `_Octave.slopes` and how far, as standard deviation of a
-    logarithm, its tones lie off the curve. Constants were chosen on simulated photographs.
+    logarithm, its tones lie off the curve. emptied: see `_emptied`. Constants were chosen on
+    simulated photographs.
     """
 
     def ramp(value: float, good: float, bad: float) -> float:
@@ -333,10 +354,12 @@ def _confidence(texture: Sequence[tuple[float, float]], luma: Array) -> tuple[fl
     if len(texture) < 3:
         return fine, 1.0
     coarse = noise(texture[1], 1.2, 1.6)
-    # Texture would be twice as strong, and more, in the third octave as in the second. JPEG
-    # empties the first, unevenly, so that the second is the better witness.
+    # Texture would be twice as strong, and more, in the third octave as in the second.
     sure = noise(texture[1], 1.05, 1.2) * ramp(luma[2] / max(luma[1], 1e-9), 1.8, 2.3)
-    return max(fine, sure), max(1 + 0.8 * coarse, 1 + 3 * sure)
+    # Where JPEG has emptied the first, unevenly, the second is the better witness.
+    coded = ramp(emptied, 0.3, 0.1)
+    confidence = max(fine, sure, coded * noise(texture[1], 1.1, 1.45))
+    return confidence, max(1 + 0.8 * coarse, 1 + 3 * sure, 1.8 + 1.2 * coded)
 
 
 def _lower_curve(sets: Sequence[tuple[Array, Array]]) -> tuple[Array, Array, Array, Array]:

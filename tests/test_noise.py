@@ -94,6 +94,15 @@ def test_noise_of_a_camera(gain: float, name: str) -> None:
     assert noise.summary().startswith("camera noise: sigma ")
 
 
+def test_noise_that_jpeg_has_thinned_is_still_told_by_its_coarser_octave() -> None:
+    soft = np.clip(resize(scene("coffee"), (512, 512), order=3), 0, 1)
+    camera = Camera(gain=4e-4, read=8e-4, quality=95, resaved=75)
+    clean, taken = pair(soft, camera, np.random.default_rng(0))
+    noise, truth = measure(taken), measure(0.5 + taken - clean)
+    assert noise.confidence > 0.5
+    assert 0.4 < noise.told / truth.told < 1.5
+
+
 def test_drawings_have_no_noise() -> None:
     drawing = np.ones((256, 256, 3))
     drawing[40:90, 30:200] = 0.2, 0.4, 0.9
