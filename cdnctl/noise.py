@@ -251,7 +251,11 @@ def _emptied(pixels: Array) -> float:
     """Share of the squares of JPEG whose fine octave of luma it has set to zero: (H, W, C),
     which starts at a corner of a square. Drawings and other formats have no more such squares
     there than elsewhere, and get 0."""
-    luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32) if pixels.shape[2] == 3 else pixels[:, :, 0]
+    luma = (
+        pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+        if pixels.shape[2] == 3
+        else pixels[:, :, 0]
+    )
 
     def share(part: Array) -> float:
         squares = _blocks(part[:, :, None], _BLOCK)[:, 0]
