@@ -24,6 +24,9 @@ AUTO = "auto"
 # which need 0.6 GB themselves, stay below 2. Larger ones overlap less and take less time.
 DEFAULT_TILE = 1344
 MIN_TILE = 256
+# Side of the tile that stands for a large picture when what the class changes is measured:
+# half a second at most, where a second pass over all of it would nearly double the time.
+CLASS_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Restored:
     sigma: float  # noise level used, in [0, 1] pixel units
     sigma_seen: float  # what the network was told: more than sigma for gray pictures
     posterior: Mapping[str, float]  # p(c | picture), most probable class first
+    class_change: float | None = None  # see the function of that name; None: no class was told
 
 
 class Field:
@@ -345,7 +349,7 @@ def restore(
     watch: told the share of the work that is done, now and then. ImageError if memory
     does not suffice; without a ``settings.tile`` smaller tiles are tried first.
     """
-    _need_denoiser(model)
+    _check_model(model, settings)
     if batch_size(*image.samples.shape[:2]) > 1:
         return restore_batch([image], model, settings)[0]
     sigma = estimate_sigma(image.samples, image.alpha) if settings.sigma is None else settings.sigma
@@ -369,7 +373,41 @@ def restore(
             if smaller.area == field.area:
                 raise
             field = smaller
-    return Restored(image.with_samples(samples), sigma, field.seen, ranked(model, logits))
+    change = None
+    if settings.target is not None:
+        if field.area > CLASS_TILE**2:
+            field = Field(model, image.samples, sigma, CLASS_TILE)
+        with memory_errors(field):
+            change = class_change(field, logits, settings)
+    return Restored(image.with_samples(samples), sigma, field.seen, ranked(model, logits), change)
+
+
+def class_change(field: Field, logits: Tensor, settings: Settings) -> float:
+    """Root mean square, in [0, 1] pixel units, of what the told class changes in a restored
+    picture before it is clipped and rounded: strength guidance (D_target - D).
+
+    Of a field of several tiles that in the one in the middle. logits: of the whole picture, (K,).
+    """
+    shift = _class_shift(field.model, logits, settings)
+    middle = next(
+        tile
+        for tile in field.tiles
+        if tile.place[0].stop > field.height // 2 and tile.place[1].stop > field.width // 2
+    )
+    results = tiles.run(lambda y: field.correct(y, shift), field.read, [middle], field.model.device)
+    ((rows, columns), change), *_ = results
+    inside = change[:, : field.height - rows.start, : field.width - columns.start]
+    return settings.strength * _rms(inside)
+
+
+def _class_shift(model: Model, logits: Tensor, settings: Settings) -> Tensor:
+    """Weights, (K,), of what the told class changes. The correction is linear in the weights:
+    with these, which sum to zero, one pass gives the difference of two."""
+    return class_weights(model, logits, settings) - logits.softmax(0)
+
+
+def _rms(values: Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
 
 
 def _blend(image: Image, field: Field, settings: Settings) -> tuple[np.ndarray, Tensor]:
@@ -391,9 +429,14 @@ def _step(samples: np.ndarray, correction: np.ndarray, settings: Settings) -> np
     return images.from_unit(pixels, samples.dtype)
 
 
-def _need_denoiser(model: Model) -> None:
+def _check_model(model: Model, settings: Settings) -> None:
+    """UsageError for what the model cannot do."""
     if not model.module.denoises:
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot denoise")
+    if settings.target is not None and not model.module.classifies:
+        raise UsageError(
+            f"model {model.name!r} ({model.header.arch}) knows no classes: leave --class out"
+        )
 
 
 @torch.no_grad()
@@ -407,7 +450,7 @@ def restore_batch(
 
     At most `batch_size` of them. sigmas: noise levels to use instead of that of the settings.
     """
-    _need_denoiser(model)
+    _check_model(model, settings)
     if sigmas is None:
         given = settings.sigma
         sigmas = [estimate_sigma(p.samples, p.alpha) if given is None else given for p in pictures]
@@ -428,6 +471,17 @@ def restore_batch(
 
     with memory_errors(first):
         correction, _ = model.module.correction(y.to(model.device), seen.to(model.device), weights)
+    changes: list[float | None] = [None] * len(fields)
+    if settings.target is not None:
+        shifts = torch.stack([_class_shift(model, scores, settings) for scores in found])
+        with memory_errors(first):
+            shifted, _ = model.module.correction(
+                y.to(model.device), seen.to(model.device), shifts.to(model.device)
+            )
+        changes = [
+            settings.strength * _rms(field.averaged(part[None])[..., : first.height, : first.width])
+            for field, part in zip(fields, shifted.cpu(), strict=False)
+        ]
     steps = [
         field.placed(field.averaged(part[None])[0])
         for field, part in zip(fields, correction, strict=False)
@@ -438,9 +492,10 @@ def restore_batch(
             sigma,
             field.seen,
             ranked(model, scores),
+            change,
         )
-        for picture, sigma, field, step, scores in zip(
-            pictures, sigmas, fields, steps, found, strict=False
+        for picture, sigma, field, step, scores, change in zip(
+            pictures, sigmas, fields, steps, found, changes, strict=False
         )
     ]
 
