@@ -230,17 +230,51 @@ class Model(nn.Module):
         return given, weights
 
 
+# What people call the classes of the bundled models.
+SYNONYMS: Mapping[str, tuple[str, ...]] = {
+    "aeroplane": ("airplane", "vehicle"),
+    "animal": ("wildlife",),
+    "auto": ("automobile", "vehicle"),
+    "bicycle": ("vehicle",),
+    "boat": ("ship", "vehicle"),
+    "bus": ("vehicle",),
+    "car": ("automobile", "vehicle"),
+    "face": ("person",),
+    "fish": ("sealife",),
+    "house": ("building",),
+    "human": ("person",),
+    "kitten": ("cat",),
+    "lorry": ("truck", "vehicle"),
+    "man": ("person",),
+    "people": ("person",),
+    "plane": ("airplane", "vehicle"),
+    "puppy": ("dog",),
+    "train": ("vehicle",),
+    "van": ("vehicle",),
+    "woman": ("person",),
+}
+
+
 def unknown_class(name: str, model: Model) -> str:
     """Message for a class that a model does not know: near matches, and who knows it."""
     from cdnctl.checkpoints import read_header
 
-    near = difflib.get_close_matches(name, model.classes, n=3, cutoff=0.5)
-    others = [n for n, path in bundled().items() if name in read_header(path).classes]
+    known = {n: read_header(path).classes for n, path in bundled().items()}
+    plain = name.casefold()
+    meant = SYNONYMS.get(plain, ())
+    # Two of three letters alike, as in car and cat, are no misspelling.
+    folded = {c.casefold(): c for c in model.classes}
+    near = [c for c in meant if c in model.classes] or [
+        folded[c] for c in difflib.get_close_matches(plain, folded, n=3, cutoff=0.7)
+    ]
     message = f"model {model.name!r} does not know the class {name!r}"
     if near:
         message += f"; did you mean {' or '.join(map(repr, near))}?"
-    if others:
-        message += f"; known to: --model {' or '.join(others)}"
+    for word in (name, *meant):
+        others = [n for n, classes in known.items() if word in classes and n != model.name]
+        if others and word not in near:
+            what = "known" if word == name else f"{word!r} is known"
+            message += f"; {what} to: --model {' or '.join(others)}"
     return f"{message}; its classes: {', '.join(model.classes)}"
 
 

@@ -84,7 +84,8 @@ class Summary:
 def find_samples(folder: Path, noisy: Path | None, model: Model) -> list[Sample]:
     """Pictures of a flat folder, or of class folders (folder/CLASS/*, folder/val/CLASS/*).
 
-    Class folders count if the model knows their names; UsageError if it knows only some.
+    Class folders count if the model knows all of their names: an accuracy over some of the
+    classes would look better than it is.
     """
     if not folder.is_dir():
         raise UsageError(f"{str(folder)!r} is not a folder")
@@ -94,12 +95,7 @@ def find_samples(folder: Path, noisy: Path | None, model: Model) -> list[Sample]
     if not samples:
         pictures = find_pictures(folder, recursive=True)
         names = {p.relative_to(folder).parts[0] for p in pictures}
-        known = names & set(model.classes)
-        if known and known != names:
-            raise UsageError(
-                f"{str(folder)!r} has class folders that model {model.name!r} does not know: "
-                f"{', '.join(sorted(names - known))}; its classes: {', '.join(model.classes)}"
-            )
+        known = names <= set(model.classes)
         for path in pictures:
             place = path.relative_to(folder).parent
             samples.append(Sample(path, place.parts[0] if known else None, None, place.as_posix()))

@@ -28,6 +28,9 @@ AUTO = "auto"
 DEFAULT_TILE = 1344
 MIN_TILE = 256
 END_WINDOW = 9  # pixels, see `core.noise.ends`
+# Side of the tile that stands for a large picture when what the class changes is measured:
+# half a second at most, where a second pass over all of it would nearly double the time.
+CLASS_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Restored:
     sigma_seen: float  # what the network was told: more than sigma for gray pictures
     posterior: Mapping[str, float]  # p(c | picture), most probable class first
     held: float = 0.0  # share of the pixels where the model was held back, see core.guard
+    class_change: float | None = None  # see the function of that name; None: no class was told
 
 
 class Field:
@@ -81,6 +85,7 @@ class Field:
         sigma: float,
         tile: int | None = None,
         watch: Callable[[float], None] = lambda share: None,
+        logits: Tensor | None = None,  # class scores of the whole picture, if they are known
     ):
         config = model.module.config
         self.model = model
@@ -96,7 +101,7 @@ class Field:
         self.tiles = tiles.plan(height, width, side, config.margin, config.multiple)
         self.cells = height * width // config.multiple**2
         self._watch, self._seen = watch, 0
-        self._logits: Tensor | None = None
+        self._logits = logits
         self._held = self._covered = 0  # pixels of tiles: held back, and all
 
     @property
@@ -391,7 +396,7 @@ def restore(
     watch: told the share of the work that is done, now and then. ImageError if memory
     does not suffice; without a ``settings.tile`` smaller tiles are tried first.
     """
-    _need_denoiser(model)
+    _check_model(model, settings)
     if batch_size(*image.samples.shape[:2]) > 1:
         return restore_batch([image], model, settings)[0]
     if _is_bilevel(image.samples):
@@ -417,8 +422,42 @@ def restore(
             if smaller.area == field.area:
                 raise
             field = smaller
+    held, change = field.held, None
+    if settings.target is not None:
+        if field.area > CLASS_TILE**2:
+            field = Field(model, image.samples, sigma, CLASS_TILE, logits=logits)
+        with memory_errors(field):
+            change = class_change(field, logits, settings)
     found = ranked(model, logits)
-    return Restored(image.with_samples(samples), sigma, field.seen, found, field.held)
+    return Restored(image.with_samples(samples), sigma, field.seen, found, held, change)
+
+
+def class_change(field: Field, logits: Tensor, settings: Settings) -> float:
+    """Root mean square, in [0, 1] pixel units, of what the told class changes in a restored
+    picture before it is clipped and rounded: strength guidance (D_target - D).
+
+    Of a field of several tiles that in the one in the middle. logits: of the whole picture, (K,).
+    """
+    shift = _class_shift(field.model, logits, settings)
+    middle = next(
+        tile
+        for tile in field.tiles
+        if tile.place[0].stop > field.height // 2 and tile.place[1].stop > field.width // 2
+    )
+    results = tiles.run(lambda y: field.correct(y, shift), field.read, [middle], field.model.device)
+    ((rows, columns), change), *_ = results
+    inside = change[:, : field.height - rows.start, : field.width - columns.start]
+    return settings.strength * _rms(inside)
+
+
+def _class_shift(model: Model, logits: Tensor, settings: Settings) -> Tensor:
+    """Weights, (K,), of what the told class changes. The correction is linear in the weights:
+    with these, which sum to zero, one pass gives the difference of two."""
+    return class_weights(model, settings, logits) - logits.softmax(0)
+
+
+def _rms(values: Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
 
 
 def _blend(image: Image, field: Field, settings: Settings) -> tuple[np.ndarray, Tensor]:
@@ -488,9 +527,14 @@ def _with_halo(place: tiles.Box, size: tuple[int, ...]) -> tuple[tiles.Box, tile
     return (around[0], around[1]), (inside[0], inside[1])
 
 
-def _need_denoiser(model: Model) -> None:
+def _check_model(model: Model, settings: Settings) -> None:
+    """UsageError for what the model cannot do."""
     if not model.module.denoises:
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot denoise")
+    if settings.target is not None and not model.module.classifies:
+        raise UsageError(
+            f"model {model.name!r} ({model.header.arch}) knows no classes: leave --class out"
+        )
 
 
 @torch.no_grad()
@@ -504,7 +548,7 @@ def restore_batch(
 
     At most `batch_size` of them. sigmas: noise levels to use instead of that of the settings.
     """
-    _need_denoiser(model)
+    _check_model(model, settings)
     if sigmas is None:
         given = settings.sigma
         sigmas = [estimate_sigma(p.samples, p.alpha) if given is None else given for p in pictures]
@@ -525,10 +569,23 @@ def restore_batch(
         correction, found = model.module.correction(
             y.to(model.device), seen.to(model.device), weights if settings.target else None
         )
+    found = found.cpu()
     steps = [
         field.placed(field.accepted(part[None])[0])
         for field, part in zip(fields, correction, strict=False)
     ]
+    held = [field.held for field in fields]
+    changes: list[float | None] = [None] * len(fields)
+    if settings.target is not None:
+        shifts = torch.stack([_class_shift(model, scores, settings) for scores in found])
+        with memory_errors(first):
+            shifted, _ = model.module.correction(
+                y.to(model.device), seen.to(model.device), shifts.to(model.device)
+            )
+        changes = [
+            settings.strength * _rms(field.accepted(part[None])[..., : first.height, : first.width])
+            for field, part in zip(fields, shifted.cpu(), strict=False)
+        ]
     everything = whole_place(first.pixels)
     return [
         _left_alone(picture)
@@ -540,10 +597,10 @@ def restore_batch(
             sigma,
             field.seen,
             ranked(model, scores),
-            field.held,
+            *end,
         )
-        for picture, sigma, field, step, scores in zip(
-            pictures, sigmas, fields, steps, found.cpu(), strict=False
+        for picture, sigma, field, step, scores, *end in zip(
+            pictures, sigmas, fields, steps, found, held, changes, strict=False
         )
     ]
 

@@ -612,19 +612,54 @@ def test_auto_picks_by_size(shelf: Path, size: tuple[int, int], name: str) -> No
     assert Models("auto", CPU).pick(*size).name == name
 
 
-def test_auto_prefers_the_model_that_knows_the_class(shelf: Path) -> None:
+def test_auto_takes_the_photo_model_for_a_small_picture_whose_class_it_knows(shelf: Path) -> None:
     for size in [(32, 32), (500, 500)]:
         assert Models("auto", CPU, ["lake"]).pick(*size).name == "large"
-        assert Models("auto", CPU, ["truck"]).pick(*size).name == "small"
+    assert Models("auto", CPU, ["truck"]).pick(32, 32).name == "small"
     assert Models("auto", CPU, ["cat"]).pick(32, 32).name == "small"
     assert Models("auto", CPU, ["cat"]).pick(500, 500).name == "large"
 
 
+def test_auto_never_takes_the_small_model_for_a_photograph(shelf: Path) -> None:
+    with pytest.raises(UnknownClassError, match="known to: --model small"):
+        Models("auto", CPU, ["truck"]).pick(500, 500)
+    (shelf / "large.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"photo.*not found.*'small'.*--model.*500 x 41"):
+        Models("auto", CPU).pick(41, 500)
+    assert Models("auto", CPU).pick(40, 40).name == "small"
+    assert Models("small", CPU).pick(500, 500).name == "small", "who names it, gets it"
+
+
+def test_auto_without_the_small_model(shelf: Path) -> None:
+    """The photo model does pictures of any size."""
+    (shelf / "small.safetensors").unlink()
+    assert {Models("auto", CPU).pick(n, n).name for n in (1, 40, 500)} == {"large"}
+
+
 def test_auto_when_nobody_knows(shelf: Path) -> None:
-    with pytest.raises(UnknownClassError, match="zebra"):
-        Models("auto", CPU, ["zebra"]).pick(32, 32)
-    with pytest.raises(UnknownClassError, match=r"truck|lake"):
-        Models("auto", CPU, ["truck", "lake"]).pick(32, 32)
+    """Said at once, before any picture is read or folder made."""
+    for classes, says in ((["zebra"], "zebra"), (["truck", "lake"], "truck")):
+        with pytest.raises(UnknownClassError, match=f"'large' does not know the class '{says}'"):
+            Models("auto", CPU, classes)
+
+
+@pytest.mark.parametrize(
+    "name, says, not_says",
+    [
+        ("lkae", "did you mean 'lake'", "--model"),
+        ("Lake", "did you mean 'lake'", "--model"),
+        ("buildings", "did you mean 'building'", "--model"),
+        ("house", "did you mean 'building'", "--model"),
+        ("lorry", "'truck' is known to: --model small", "did you mean"),
+        ("bat", "its classes: cat, building, lake", "did you mean"),
+        ("car", "its classes: cat, building, lake", "did you mean"),
+    ],
+)
+def test_classes_that_are_suggested(shelf: Path, name: str, says: str, not_says: str) -> None:
+    """What was misspelt or meant, not what merely shares letters."""
+    with pytest.raises(UnknownClassError) as error:
+        load("large").weights(name)
+    assert says in str(error.value) and not_says not in str(error.value)
 
 
 def test_auto_without_weights(shelf: Path) -> None:

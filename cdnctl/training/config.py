@@ -123,7 +123,7 @@ def parse(raw: Mapping[str, Any]) -> TrainConfig:
         if key != "name" and not isinstance(value, Mapping):
             raise ConfigError(f"{key} is {value!r}, but must be a section, [{key}]")
         if key == "name" and not isinstance(value, str):
-            raise ConfigError(f"name is {value!r}, but must be of type {str}")
+            raise ConfigError(f"name is {value!r}, but must be text")
     parts: dict[str, Any] = {k: build(cls, raw.get(k, {}), k) for k, cls in sections.items()}
     model = {"arch": "gradresnet"} | dict(raw.get("model", {}))
     shape = {k: v for k, v in model.items() if k != "arch"}
