@@ -611,12 +611,14 @@ def test_thumbnails_teach_classes_and_nothing_else() -> None:
 
 
 def test_flats_are_linear_in_place_and_as_many_as_asked_for() -> None:
-    pictures, _ = collection([(9, 9)] * 4, [-1] * 4)
+    pictures, _ = collection([(9, 9)] * 4, [0] * 4)
     flat = 0
     for step in range(20):
         plain = make_batches(pictures, patch=5, batch=64)(step).clean
-        mixed = make_batches(pictures, patch=5, batch=64, flats=0.25)(step).clean
+        batch = make_batches(pictures, patch=5, batch=64, flats=0.25)(step)
+        mixed = batch.clean
         changed = (plain != mixed).flatten(1).any(1)
+        assert torch.equal(batch.labels == -1, changed) and not batch.condition[changed].any()
         flat += int(changed.sum())
         for crop in mixed[changed]:
             assert crop.min() >= 0 and crop.max() <= 1
@@ -1376,6 +1378,18 @@ def test_memory_order_compiling_and_precision_may_change_on_the_way(
     for setting in ("optim.steps=20", "run.seed=3", "data.batch=8"):
         with pytest.raises(UsageError, match=setting):
             train(folder, settings=[setting], device=CPU)
+
+
+def test_a_channel_of_ones_grows_onto_trained_weights(datasets: list[Path], tmp_path: Path) -> None:
+    """The network with the new channel begins as the same function."""
+    run(tmp_path / "old", datasets)
+    source = tmp_path / "old" / "last" / loop.MODEL
+    old, header = load_model(source)
+    grown = build_module(replace(header, model=dict(header.model) | {"constant": True}))
+    loop._start_from(source, grown)
+    y = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(grown(y, 0.1), old(y, 0.1), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_run_that_has_not_begun_to_fall_may_be_given_other_steps(

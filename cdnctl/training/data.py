@@ -315,7 +315,7 @@ class Batches:
         which = torch.cat([self._draw(0, step), self._draw(1, step)])
         batch = self._rows(which, self.data.patch, g, rows)
         if self.data.flats:
-            batch = replace(batch, clean=self._with_flats(batch.clean, g, len(which), rows))
+            batch = self._with_flats(batch, g, len(which), rows)
         if self.counts[2]:
             g = self._generator(-1, step)
             lesson = self._rows(self._draw(2, step), self.data.class_patch, g, rows)
@@ -355,16 +355,22 @@ class Batches:
             condition=on.bool(),
         )
 
-    def _with_flats(self, clean: Tensor, g: torch.Generator, count: int, rows: slice) -> Tensor:
-        """Crops, some of them replaced by a flat colour or a linear gradient of colours."""
+    def _with_flats(self, batch: Batch, g: torch.Generator, count: int, rows: slice) -> Batch:
+        """Some crops replaced by a flat colour or a linear gradient of colours, of no class."""
         chosen = torch.rand(count, generator=g) < self.data.flats
         colour = torch.rand(count, 3, 1, 1, generator=g)
         slopes = torch.rand(2, count, 3, 1, 1, generator=g) - 0.5
         slopes *= torch.rand(count, 1, 1, 1, generator=g) < 0.5  # the others are flat
-        ramp = torch.linspace(-1, 1, clean.shape[-1])
+        ramp = torch.linspace(-1, 1, batch.clean.shape[-1])
         flat = colour + slopes[0] * ramp + slopes[1] * ramp[:, None]
-        drawn = _send(flat.clamp(0, 1)[rows], clean.device)
-        return torch.where(_send(chosen[rows], clean.device).view(-1, 1, 1, 1), drawn, clean)
+        drawn = _send(flat.clamp(0, 1)[rows], batch.clean.device)
+        here = _send(chosen[rows], batch.clean.device)
+        return replace(
+            batch,
+            clean=torch.where(here.view(-1, 1, 1, 1), drawn, batch.clean),
+            labels=torch.where(here, -1, batch.labels),
+            condition=batch.condition & ~here,
+        )
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -389,7 +389,7 @@ def make_header(config: TrainConfig, pictures: Pictures, datasets: Sequence[Path
         model=shape,
         classes=classes,
         sigma_range=(config.noise.low / 255, config.noise.high / 255),
-        patch=config.data.patch,
+        patch=config.data.class_patch if config.data.class_batch else config.data.patch,
         data=", ".join(Path(p).resolve().name for p in datasets),
         version=VERSION,
     )
@@ -407,11 +407,16 @@ def make_model(header: Header, config: TrainConfig, device: torch.device) -> Net
 def _start_from(path: Path, model: Network) -> dict[str, Any]:
     """Give the model the weights of a file; what these say of their own training.
 
-    UsageError if they are those of another network.
+    A model with a channel of ones in its stem may start from one without: it has no weight at
+    first. UsageError if they are those of another network.
     """
     found, header = load_model(path)
+    state = found.state_dict()
+    if model.config.constant and not found.config.constant:
+        stem = state["trunk.stem.weight"]  # (widths[0], channels and noise level, 3, 3)
+        state["trunk.stem.weight"] = torch.cat([stem, torch.zeros_like(stem[:, :1])], 1)
     try:
-        model.load_state_dict(found.state_dict())
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise UsageError(
             f"cannot start from {str(path)!r}, whose network or number of classes "
