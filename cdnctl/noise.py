@@ -115,6 +115,11 @@ class Noise:
         return relative
 
     @property
+    def safe(self) -> float:
+        """Level to tell a denoiser of white noise: less where it may be texture."""
+        return self.confidence * self.told
+
+    @property
     def is_white(self) -> bool:
         """Whether white noise of one level describes it well enough."""
         return bool(self.octaves.max() <= 1.01 * self.octaves.min())
@@ -239,7 +244,7 @@ def _octave(pixels: Array, clipped: Array, stride: int) -> _Octave | None:
     return _Octave(np.array([np.median(tones[b]) for b in bins]), variances, slopes)
 
 
-def _sample(pixels: Array) -> Array:
+def sampled(pixels: Array) -> Array:
     """At most 4 x 4 evenly spaced squares of 256 pixels of a picture, (H, W, C), as a mosaic."""
     side, count = 256, 4
     for axis in (0, 1):
@@ -277,11 +282,11 @@ def measure(pixels: Array, alpha: Array | None = None) -> Noise:
 
     Large pictures are judged by a sample of them. Confidence is 0 for pictures too small to tell.
     """
-    y = np.asarray(_sample(pixels), np.float32)
+    y = np.asarray(sampled(pixels), np.float32)
     # Exactly black or white: values beyond were not clipped.
     clipped = (np.abs(np.abs(y - 0.5) - 0.5) < 0.5 / _PEAK).any(2, keepdims=True)
     if alpha is not None:
-        clipped |= _sample(alpha[:, :, None]) == 0
+        clipped |= sampled(alpha[:, :, None]) == 0
     clipped = clipped.astype(np.float32)
     channels = y.shape[2]
     axes = AXES if channels == 3 else np.eye(1)

@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny import picture
-
-from cdnctl.core.camera import (
+from camera import (
     Camera,
     demosaic,
     mosaic,
@@ -17,6 +15,7 @@ from cdnctl.core.camera import (
     to_display,
     to_linear,
 )
+from tiny import picture
 
 PLAIN = Camera(lens=0, contrast=0, smooth=0, quality=None)
 

@@ -11,7 +11,7 @@ from skimage import data
 from tiny import noisy_picture, tiny
 
 from cdnctl.api import Model
-from cdnctl.core.guard import FAR, WINDOW, held_back
+from cdnctl.core.guard import FAR, WINDOW, held_back, held_to
 from cdnctl.core.noise import clipped_mean, ends, unclipped, without_clipping
 from cdnctl.images import Image
 from cdnctl.models import Whole
@@ -49,6 +49,17 @@ def test_levels_of_a_batch_are_its_pictures_own() -> None:
     sigma = torch.tensor([0.1, 0.3])
     both = held_back(0.3 * noise, sigma)[0]
     assert torch.equal(both[1], 0.3 * noise[1]) and both[0].std() < 0.2
+
+
+def test_a_correction_is_held_to_the_noise_that_was_measured() -> None:
+    noise = 0.05 * torch.randn(1, 3, 100, 100, generator=torch.Generator().manual_seed(0))
+    allowed = torch.full((1, 1, 100, 100), 0.02)
+    allowed[..., 50:] = 0.2
+    held = held_to(noise, allowed)
+    r = WINDOW // 2
+    assert torch.equal(held[..., 50 + r :], noise[..., 50 + r :])
+    assert 0.019 < held[..., : 50 - r].std() < 0.021
+    assert not held_to(noise, 0 * allowed).any()
 
 
 def broken(model: Model, monkeypatch: pytest.MonkeyPatch, top: int) -> Model:

@@ -32,7 +32,7 @@ def held_back(
     the input is left. Values that are not finite stay so.
     """
     square = correction.detach().square().mean(1, keepdim=True)
-    power = avg_pool2d(square, WINDOW, 1, WINDOW // 2, count_include_pad=False)
+    power = _around(square)
     # At the edges a window holds fewer pixels.
     count = avg_pool2d(torch.ones_like(square[:1]), WINDOW, 1, WINDOW // 2, divisor_override=1)
     count = count * correction.shape[1]
@@ -42,3 +42,21 @@ def held_back(
     near, far = (2 / FAR) ** 2, 1 / FAR**2
     factor = ratio.sqrt() * ((ratio - far) / (near - far)).clamp(0, 1)
     return factor * correction, factor
+
+
+def held_to(correction: Tensor, allowed: Tensor) -> Tensor:
+    """A correction, (B, C, H, W), made weaker where its mean square over a window exceeds that of
+    ``allowed``, (B, 1, H, W), the standard deviation that it may have in each place.
+
+    For noise that was measured: a denoiser that takes more than there is takes texture.
+    """
+    power = _around(correction.detach().square().mean(1, keepdim=True))
+    limit = _around(allowed.detach().square())
+    # Where nothing is allowed, nothing is left.
+    tiny = torch.finfo(limit.dtype).tiny
+    return correction * (limit / power.clamp_min(limit).clamp_min(tiny)).sqrt()
+
+
+def _around(square: Tensor) -> Tensor:
+    """Means over windows around each place, of what of them lies inside."""
+    return avg_pool2d(square, WINDOW, 1, WINDOW // 2, count_include_pad=False)
