@@ -29,7 +29,7 @@ from cdnctl.api import Model
 from cdnctl.batch import find_pictures
 from cdnctl.core.metrics import psnr
 from cdnctl.errors import ImageError, UsageError
-from cdnctl.restore import Field, batch_size, estimate_sigma
+from cdnctl.restore import Field, at_class_scale, batch_size, estimate_sigma
 
 WAITING_PIXELS = 2**22  # that wait for others of their size: some 100 MB
 
@@ -269,6 +269,14 @@ class _Batch:
             return self.field.logits()[None]
         return module.class_scores(self.y, self.seen)[: self.count].cpu()
 
+    def predicted(self, logits: Tensor | None = None) -> Tensor:
+        """The most probable class of each picture, (n,), at the scale of the training.
+        logits: class scores of the pictures as they are, if known."""
+        small = [at_class_scale(field) for field in self.fields]
+        if small[0] is not self.field:
+            logits = torch.stack([field.logits() for field in small])
+        return (self.logits if logits is None else logits).argmax(1)
+
     def solve(self, weights: Tensor | None = None) -> tuple[np.ndarray, Tensor]:
         """Corrections, (n, H, W, C), for class weights (n, K) or the posterior; class scores."""
         if self.tiled:
@@ -294,11 +302,11 @@ def _score(jobs: Sequence[_Job], model: Model) -> list[Row]:
     if model.module.denoises and has_noise:
         corrections, logits = batch.solve()
         if classifies:
-            predicted = logits.argmax(1)
+            predicted = batch.predicted(logits)
             one_hot = torch.stack([_one_hot(model, str(job.sample.label)) for job in jobs])
             told, _ = batch.solve(one_hot)
     elif classifies:
-        predicted = batch.logits.argmax(1)
+        predicted = batch.predicted()
     rows = []
     for i, job in enumerate(jobs):
         values: dict[str, float | str | None] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
 from cdnctl.models import Weights
 from cdnctl.runtime import available_memory
+from cdnctl.scale import Shrink
 
 AUTO = "auto"
 
@@ -54,6 +55,20 @@ class Restored:
     sigma: float  # noise level used, in [0, 1] pixel units
     sigma_seen: float  # what the network was told: more than sigma for gray pictures
     posterior: Mapping[str, float]  # p(c | picture), most probable class first
+
+    def __repr__(self) -> str:
+        best = [f"{name} {p:.1%}" for name, p in list(self.posterior.items())[:1]]
+        return f"Restored({', '.join([repr(self.image), f'sigma {self.sigma:.4g}', *best])})"
+
+
+@dataclass(frozen=True)
+class Classified:
+    """What a picture shows, and how it was looked at."""
+
+    posterior: Mapping[str, float]  # p(c | picture), most probable class first
+    sigma: float  # noise level of the picture, in [0, 1] pixel units
+    factor: float  # how many of its pixels became one along an axis, at least 1
+    size: tuple[int, int]  # height and width that the network saw
 
 
 class Field:
@@ -272,6 +287,31 @@ def class_weights(model: Model, logits: Tensor, settings: Settings) -> Tensor:
     return p + settings.guidance * (target - p)
 
 
+def at_class_scale(field: Field, tile: int | None = None) -> Field:
+    """The picture at the size at which its class scores are taken: itself, or a smaller copy
+    with the noise that is left in it, if it is larger than the crops of the training."""
+    shrink = Shrink(field.height, field.width, field.model.header.patch)
+    if shrink.factor == 1:
+        return field
+    # A gray picture has one channel here. Averages of coloured noise may look gray, too, but
+    # only where so little of it is left that the factor of sqrt(3) does not matter.
+    small = shrink.samples(field.pixels)
+    return Field(field.model, small, field.sigma * shrink.noise, tile)
+
+
+def choose_class(field: Field, settings: Settings) -> tuple[Settings, Tensor | None]:
+    """Settings with the most probable class in the place of "auto", and the class scores that
+    say so; the settings as they are, and None, if a pass over the field itself gives those."""
+    small = at_class_scale(field)
+    if small is field or not field.model.module.classifies:
+        return settings, None
+    logits = small.logits()
+    if settings.target == AUTO:
+        best = field.model.classes[int(logits.argmax())]
+        settings = replace(settings, target={best: 1.0})
+    return settings, logits
+
+
 def ranked(model: Model, logits: Tensor) -> dict[str, float]:
     """Posterior by class name, most probable first; empty if the model does not classify."""
     if not model.module.classifies:
@@ -360,6 +400,7 @@ def restore(
     while True:
         try:
             with memory_errors(field):
+                settings, shrunk = choose_class(field, settings)
                 samples, logits = _blend(image, field, settings)
             break
         except OutOfMemory:
@@ -369,7 +410,8 @@ def restore(
             if smaller.area == field.area:
                 raise
             field = smaller
-    return Restored(image.with_samples(samples), sigma, field.seen, ranked(model, logits))
+    posterior = ranked(model, logits if shrunk is None else shrunk)
+    return Restored(image.with_samples(samples), sigma, field.seen, posterior)
 
 
 def _blend(image: Image, field: Field, settings: Settings) -> tuple[np.ndarray, Tensor]:
@@ -423,10 +465,15 @@ def restore_batch(
 
     def weights(logits: Tensor) -> Tensor:
         found.extend(logits.cpu())
-        chosen = torch.stack([class_weights(model, scores, settings) for scores in found])
-        return chosen.to(logits.device)
+        chosen = [
+            class_weights(model, scores, choice)
+            for scores, (choice, _) in zip(found, choices, strict=True)
+        ]
+        return torch.stack(chosen).to(logits.device)
 
     with memory_errors(first):
+        choices = [choose_class(field, settings) for field in fields]
+        choices += [(settings, None)] * (count - len(fields))  # for what fills the batch up
         correction, _ = model.module.correction(y.to(model.device), seen.to(model.device), weights)
     steps = [
         field.placed(field.averaged(part[None])[0])
@@ -437,21 +484,24 @@ def restore_batch(
             picture.with_samples(_step(picture.samples, step, settings)),
             sigma,
             field.seen,
-            ranked(model, scores),
+            ranked(model, scores if shrunk is None else shrunk),
         )
-        for picture, sigma, field, step, scores in zip(
-            pictures, sigmas, fields, steps, found, strict=False
+        for picture, sigma, field, step, scores, (_, shrunk) in zip(
+            pictures, sigmas, fields, steps, found, choices, strict=False
         )
     ]
 
 
 @torch.no_grad()
-def classify(image: Image, model: Model, sigma: float | None = None) -> Restored:
-    """Posterior over classes of one picture, and the noise level used."""
+def classify(image: Image, model: Model, sigma: float | None = None) -> Classified:
+    """Posterior over classes of one picture, at the scale of the training."""
     if not model.module.classifies:
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
     sigma = estimate_sigma(image.samples, image.alpha) if sigma is None else sigma
-    field = Field(model, image.samples, sigma, default_tile(model, None))
-    with memory_errors(field):
-        logits = field.logits()
-    return Restored(image, sigma, field.seen, ranked(model, logits))
+    tile = default_tile(model, None)
+    field = Field(model, image.samples, sigma, tile)
+    small = at_class_scale(field, tile)
+    with memory_errors(small):
+        posterior = ranked(model, small.logits())
+    factor = min(field.height, field.width) / min(small.height, small.width)
+    return Classified(posterior, sigma, factor, (small.height, small.width))

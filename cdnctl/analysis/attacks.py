@@ -21,6 +21,7 @@ from torch import Tensor
 from cdnctl.api import Model
 from cdnctl.errors import UsageError
 from cdnctl.evaluate import batches
+from cdnctl.scale import Shrink
 
 LogPosterior = Callable[[Tensor], Tensor]
 """log p(c | y) in nats, up to a constant: (B, C, H, W) -> (B, K), differentiable."""
@@ -247,7 +248,8 @@ def _margin(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_posterior(model: Model, sigma: float, draws: int = 0, seed: int = 0) -> LogPosterior:
-    """The model's log p(c | y) of pictures (B, C, H, W) of any size, told sigma (in [0, 1]).
+    """The model's log p(c | y) of pictures (B, C, H, W) of any size, told sigma (in [0, 1]),
+    at the scale of the training as `restore.classify` does it.
 
     draws: so many noises of standard deviation sigma are added, and p(c | y) is averaged
     over them. They are the same at every look and known to who attacks: the classifier
@@ -258,13 +260,15 @@ def log_posterior(model: Model, sigma: float, draws: int = 0, seed: int = 0) -> 
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
 
     def one(y: Tensor) -> Tensor:
+        shrink = Shrink(y.shape[2], y.shape[3], model.header.patch)
+        y = shrink(y)
         for axis in (2, 3):
             size = y.shape[axis]
             mirrored = np.pad(
                 np.arange(size), (0, -size % module.config.multiple), mode="symmetric"
             )
             y = y.index_select(axis, torch.from_numpy(mirrored).to(y.device))
-        return module.class_scores(y, sigma).log_softmax(1)
+        return module.class_scores(y, sigma * shrink.noise).log_softmax(1)
 
     def averaged(y: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
