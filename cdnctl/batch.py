@@ -22,7 +22,15 @@ from cdnctl import images
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
 from cdnctl.manifest import Manifest, Origin, changed, digest
-from cdnctl.restore import Restored, Settings, batch_size, estimate_sigma, restore, restore_batch
+from cdnctl.restore import (
+    Level,
+    Restored,
+    Settings,
+    batch_size,
+    noise_level,
+    restore,
+    restore_batch,
+)
 from cdnctl.selection import AUTO, Models
 
 HELD_PIXELS = 32_000_000  # decoded pictures that wait for the network or the disk
@@ -185,7 +193,7 @@ class _Loaded:
 
     job: Job
     image: Image
-    sigma: float
+    level: Level
     origin: Origin
     seconds: float  # of reading
 
@@ -302,11 +310,9 @@ class Batch:
             time_of_input = changed(job.source)  # before it is read, see there
             data = images.load(job.source)
             image = images.decode(data, str(job.source))
-            sigma = self.settings.sigma
-            if sigma is None:
-                sigma = estimate_sigma(image.samples, image.alpha)
+            level = noise_level(image.samples, image.alpha, self.settings.sigma)
             origin = Origin(digest(data), len(data), time_of_input)
-            return _Loaded(job, image, sigma, origin, time.monotonic() - started)
+            return _Loaded(job, image, level, origin, time.monotonic() - started)
         except ImageError as error:
             return self._failed(job, str(error))
         except MemoryError:
@@ -328,11 +334,10 @@ class Batch:
         try:
             if batch_size(*size) > 1:
                 pictures = [item.image for item in group]
-                sigmas = [item.sigma for item in group]
-                results = restore_batch(pictures, model, self.settings, sigmas)
+                levels = [item.level for item in group]
+                results = restore_batch(pictures, model, self.settings, levels)
             else:
-                settings = replace(self.settings, sigma=first.sigma)
-                results = [restore(first.image, model, settings, self.watch)]
+                results = [restore(first.image, model, self.settings, self.watch, first.level)]
         except ImageError as error:
             if len(group) > 1:  # one of them spoils it: each on its own, which changes no result
                 for item in group:

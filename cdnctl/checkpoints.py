@@ -22,12 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cdnctl import headers
 from cdnctl.errors import ConfigError, WeightsError
 from cdnctl.fields import build
 from cdnctl.models import Network, architecture
 
 FORMAT_VERSION = 1
-SUFFIX = ".safetensors"
+SUFFIX = headers.SUFFIX
 PACKAGE = Path(__file__).parent
 
 
@@ -332,10 +333,9 @@ def _level(row: Mapping[str, Any]) -> str:
 
 def weights_folder() -> Path:
     """Folder of the bundled weights: inside the installed package, or beside it in a checkout."""
-    inside = PACKAGE / "weights"
-    return inside if inside.is_dir() else PACKAGE.parent / "weights"
+    return headers.weights_folder(PACKAGE)
 
 
 def bundled() -> dict[str, Path]:
     """Bundled weights by name."""
-    return {p.stem: p for p in sorted(weights_folder().glob(f"*{SUFFIX}"))}
+    return headers.bundled(PACKAGE)

@@ -30,7 +30,15 @@ from cdnctl.api import Model
 from cdnctl.batch import find_pictures
 from cdnctl.core.metrics import psnr
 from cdnctl.errors import ImageError, UsageError
-from cdnctl.restore import Field, batch_size, estimate_sigma, moved, whole_place
+from cdnctl.restore import (
+    Field,
+    Level,
+    at_class_scale,
+    batch_size,
+    moved,
+    noise_level,
+    whole_place,
+)
 
 WAITING_PIXELS = 2**22  # that wait for others of their size: some 100 MB
 
@@ -171,17 +179,19 @@ class _Job:
     sample: Sample
     clean: np.ndarray
     noisy: np.ndarray  # floats in [0, 1] plus noise, or whole numbers as of a file
-    sigma: float
+    level: Level
 
     @property
     def kind(self) -> tuple[int, ...]:
         """Shape, whether there is anything to restore, whether there is a class to tell."""
-        has_noise = self.sigma > 0 or self.sample.noisy is not None
+        has_noise = self.level.sigma > 0 or self.sample.noisy is not None
         return (*self.clean.shape, has_noise, self.sample.label is not None)
 
     def restored(self, correction: np.ndarray) -> np.ndarray:
         """The picture moved along its correction, (H, W, C), clipped to [0, 1]."""
-        return np.clip(moved(self.noisy, whole_place(self.noisy), correction, self.sigma), 0, 1)
+        return np.clip(
+            moved(self.noisy, whole_place(self.noisy), correction, self.level.sigma), 0, 1
+        )
 
 
 def evaluate(
@@ -210,13 +220,13 @@ def evaluate(
                 ready[next(places)] = row
                 continue
             if given is not None:
-                yield _Job(next(places), sample, clean, given, estimate_sigma(given))
+                yield _Job(next(places), sample, clean, given, noise_level(given))
                 continue
             for sigma in levels:
                 noisy = noisy_version(clean, sigma, sample.key, seed) if sigma else clean
                 if clip:
                     noisy = images.from_unit(noisy, np.dtype(np.uint8))
-                yield _Job(next(places), sample, clean, noisy, sigma)
+                yield _Job(next(places), sample, clean, noisy, Level(sigma))
 
     due = 0
     for group in batches(jobs(), lambda job: job.kind, batch_size):
@@ -254,12 +264,12 @@ class _Batch:
 
     def __init__(self, jobs: Sequence[_Job], model: Model):
         self.model, self.count = model, len(jobs)
-        self.fields = [Field(model, job.noisy, job.sigma) for job in jobs]
+        self.fields = [Field(model, job.noisy, job.level) for job in jobs]
         self.field = self.fields[0]
         self.tiled = len(self.field.tiles) > 1
         if not self.tiled:
-            box = self.field.tiles[0].read
-            y = torch.cat([field.repeated(field.read(box)[None]) for field in self.fields])
+            self.box = self.field.tiles[0].read
+            y = torch.cat([field.repeated(field.read(self.box)[None]) for field in self.fields])
             self.y = self._filled(y)
             self.seen = self._filled(torch.tensor([field.seen for field in self.fields]))
 
@@ -277,19 +287,27 @@ class _Batch:
             return self.field.logits()[None]
         return module.class_scores(self.y, self.seen)[: self.count].cpu()
 
-    def solve(self, weights: Tensor | None = None) -> tuple[np.ndarray, Tensor]:
-        """Corrections, (n, H, W, C), for class weights (n, K) or the posterior; class scores."""
+    def predicted(self) -> Tensor:
+        """The most probable class of each picture, (n,), at the scale of the training."""
+        small = [at_class_scale(field) for field in self.fields]
+        if small[0] is self.field:
+            return self.logits.argmax(1)
+        return torch.stack([field.logits() for field in small]).argmax(1)
+
+    def solve(self, weights: Tensor | None = None) -> np.ndarray:
+        """Corrections, (n, H, W, C), for class weights (n, K) or the posterior."""
         if self.tiled:
             chosen = None if weights is None else weights[0]
-            return self.field.correction(chosen)[None], self.logits
+            return self.field.solve(None if chosen is None else lambda _: chosen)[0][None]
         correction, logits = self.model.module.correction(
             self.y, self.seen, None if weights is None else self._filled(weights)
         )
         placed = [
-            field.placed(field.accepted(part[None])[0])
+            field.placed(field.accepted(field.read(self.box)[None], part[None].cpu())[0])
             for field, part in zip(self.fields, correction, strict=False)
         ]
-        return np.stack(placed), logits[: self.count].cpu()
+        self.logits = logits[: self.count].cpu()
+        return np.stack(placed)
 
 
 @torch.no_grad()
@@ -300,13 +318,13 @@ def _score(jobs: Sequence[_Job], model: Model) -> list[Row]:
     batch = _Batch(jobs, model)
     corrections = told = predicted = None
     if model.module.denoises and has_noise:
-        corrections, logits = batch.solve()
+        corrections = batch.solve()
         if classifies:
-            predicted = logits.argmax(1)
+            predicted = batch.predicted()
             one_hot = torch.stack([_one_hot(model, str(job.sample.label)) for job in jobs])
-            told, _ = batch.solve(one_hot)
+            told = batch.solve(one_hot)
     elif classifies:
-        predicted = batch.logits.argmax(1)
+        predicted = batch.predicted()
     rows = []
     for i, job in enumerate(jobs):
         values: dict[str, float | str | None] = {}
@@ -320,7 +338,7 @@ def _score(jobs: Sequence[_Job], model: Model) -> list[Row]:
         if told is not None:
             values["psnr_class"] = picture_psnr(job.restored(told[i]), job.clean)
         rows.append(
-            Row(str(job.sample.clean), job.sigma, label=job.sample.label, **values)  # type: ignore[arg-type]
+            Row(str(job.sample.clean), job.level.sigma, label=job.sample.label, **values)  # type: ignore[arg-type]
         )
     return rows
 

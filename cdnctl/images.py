@@ -174,6 +174,14 @@ class Image:
     lossless: bool = True
     """Whether the file that was read had been coded without loss; WebP is written likewise."""
 
+    def __repr__(self) -> str:
+        low, high = (f"{bound(self.samples):g}" for bound in (np.min, np.max))
+        parts = [f"{self.samples.dtype} {self.samples.shape}", f"{low}..{high}"]
+        parts += ["alpha"] if self.alpha is not None else []
+        held = {name: getattr(self.metadata, name) for name in ("icc", "exif", "xmp", "iptc")}
+        parts += [f"{name} of {len(data)} bytes" for name, data in held.items() if data]
+        return f"Image({', '.join(parts + list(self.notes))})"
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the samples."""

@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cdnctl.images import PEAK
+
 Array = NDArray[np.floating[Any]]
 
 AXES: Array = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
@@ -45,7 +47,6 @@ _TEXTURE = 0.1  # weight of what lies above the curve against what lies below
 # on, and chroma, of which cameras and JPEG take the fine octaves.
 _GROWTH = ((1.25, 1.1), (3.0, 3.0, 2.0))
 _CHANCE = 0.1  # logarithm of variance that noise differs by from block to block by chance
-_PEAK = 255
 _WHITE = 1.25  # most by which two octaves, or axes, of white noise seem to differ
 
 
@@ -126,12 +127,12 @@ class Noise:
 
     def summary(self) -> str:
         """In words, on the scale up to 255."""
-        if _PEAK * self.sigma < 0.3:
+        if PEAK * self.sigma < 0.3:
             return "no noise to speak of"
-        dark, light = (_PEAK * self.sigma * self.shape[end] for end in (0, -1))
+        dark, light = (PEAK * self.sigma * self.shape[end] for end in (0, -1))
         unsure = "" if self.confidence >= 0.5 else ", unsure: may be texture"
         if self.is_white:
-            return f"white noise, sigma {_PEAK * self.sigma:.3g}{unsure}"
+            return f"white noise, sigma {PEAK * self.sigma:.3g}{unsure}"
         words = [
             f"sigma {dark:.2g} in shadows to {light:.2g} in lights",
             f"grain {self.grain:.1f} px",
@@ -269,7 +270,7 @@ def _emptied(pixels: Array) -> float:
     def share(part: Array) -> float:
         squares = _blocks(part[:, :, None], _BLOCK)[:, 0]
         energy = [((squares @ basis) ** 2).mean(1) for basis in (_EVEN, _ODD)]
-        return float((np.mean(energy, 0) < (0.45 / _PEAK) ** 2).mean())  # more than rounding leaves
+        return float((np.mean(energy, 0) < (0.45 / PEAK) ** 2).mean())  # more than rounding leaves
 
     half = _BLOCK // 2
     if min(luma.shape) < 2 * _BLOCK:
@@ -284,7 +285,7 @@ def measure(pixels: Array, alpha: Array | None = None) -> Noise:
     """
     y = np.asarray(sampled(pixels), np.float32)
     # Exactly black or white: values beyond were not clipped.
-    clipped = (np.abs(np.abs(y - 0.5) - 0.5) < 0.5 / _PEAK).any(2, keepdims=True)
+    clipped = (np.abs(np.abs(y - 0.5) - 0.5) < 0.5 / PEAK).any(2, keepdims=True)
     if alpha is not None:
         clipped |= sampled(alpha[:, :, None]) == 0
     clipped = clipped.astype(np.float32)

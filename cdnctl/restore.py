@@ -14,12 +14,14 @@ from torch import Tensor
 
 from cdnctl import images, tiles
 from cdnctl.api import Model
-from cdnctl.core.guard import held_back
+from cdnctl.core.guard import held_back, held_to
 from cdnctl.core.noise import ends, unclipped
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
 from cdnctl.models import Weights, Whole
+from cdnctl.noise import Noise, measure, sampled
 from cdnctl.runtime import available_memory
+from cdnctl.scale import Shrink
 
 AUTO = "auto"
 
@@ -28,6 +30,9 @@ AUTO = "auto"
 DEFAULT_TILE = 1344
 MIN_TILE = 256
 END_WINDOW = 9  # pixels, see `core.noise.ends`
+MEASURABLE = 64  # shorter side of a picture from which its noise is told apart from texture
+EXCESS = 1.25  # most by which a change may exceed the noise that was measured
+TOLD = 0.001  # share of a picture from which it is said that the model was held back
 # Side of the tile that stands for a large picture when what the class changes is measured:
 # half a second at most, where a second pass over all of it would nearly double the time.
 CLASS_TILE = 512
@@ -54,6 +59,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Level:
+    """How strong the noise of a picture is: told, or measured."""
+
+    sigma: float  # of white noise, as the network is told it, in [0, 1] pixel units
+    noise: Noise | None = None  # what was measured: a change is held to it
+
+
+@dataclass(frozen=True)
 class Restored:
     """A restored picture and what was found on the way."""
 
@@ -63,6 +76,20 @@ class Restored:
     posterior: Mapping[str, float]  # p(c | picture), most probable class first
     held: float = 0.0  # share of the pixels where the model was held back, see core.guard
     class_change: float | None = None  # see the function of that name; None: no class was told
+
+    def __repr__(self) -> str:
+        best = [f"{name} {p:.1%}" for name, p in list(self.posterior.items())[:1]]
+        return f"Restored({', '.join([repr(self.image), f'sigma {self.sigma:.4g}', *best])})"
+
+
+@dataclass(frozen=True)
+class Classified:
+    """What a picture shows, and how it was looked at."""
+
+    posterior: Mapping[str, float]  # p(c | picture), most probable class first
+    sigma: float  # noise level of the picture, in [0, 1] pixel units
+    factor: float  # how many of its pixels became one along an axis, at least 1
+    size: tuple[int, int]  # height and width that the network saw
 
 
 class Field:
@@ -82,25 +109,26 @@ class Field:
         self,
         model: Model,
         pixels: np.ndarray,
-        sigma: float,
+        level: Level | float,
         tile: int | None = None,
         watch: Callable[[float], None] = lambda share: None,
         logits: Tensor | None = None,  # class scores of the whole picture, if they are known
     ):
         config = model.module.config
         self.model = model
-        self.sigma = sigma
+        self.level = level if isinstance(level, Level) else Level(level)
+        self.sigma = self.level.sigma
         self.height, self.width, self.channels = pixels.shape
         gray = _is_gray(pixels)
         self.pixels = pixels[:, :, :1] if gray else pixels
         self.repeat = config.channels if gray else 1
-        self.seen = sigma * self.repeat**0.5
+        self.seen = self.sigma * self.repeat**0.5
         # Extended by mirroring to what the network works on: whole cells.
         height, width = (n + -n % config.multiple for n in (self.height, self.width))
         side = max(height, width) if config.whole else (tile or DEFAULT_TILE)
         self.tiles = tiles.plan(height, width, side, config.margin, config.multiple)
         self.cells = height * width // config.multiple**2
-        self._watch, self._seen = watch, 0
+        self._watch, self._seen, self._passes = watch, 0, 1
         self._logits = logits
         self._held = self._covered = 0  # pixels of tiles: held back, and all
 
@@ -129,6 +157,7 @@ class Field:
         if not module.classifies:
             return torch.zeros(module.num_classes)
         if self._logits is None:
+            self._passes = 2 if len(self.tiles) > 1 else 1  # this one, and that of the pixels
             mean = tiles.mean_of_cells(
                 self._counted(lambda y: module.class_features(self.repeated(y), self.seen)),
                 self.read,
@@ -150,11 +179,18 @@ class Field:
         """(B, C, h, w) of the picture with the network's number of channels."""
         return y.repeat(1, self.repeat, 1, 1)
 
-    def accepted(self, correction: Tensor) -> Tensor:
-        """(B, C, h, w) from the network with the picture's number of channels, within what
-        sigma allows."""
-        if self.repeat > 1:
-            correction = correction.mean(1, keepdim=True)
+    def averaged(self, correction: Tensor) -> Tensor:
+        """(B, C, h, w) from the network with the picture's number of channels."""
+        return correction.mean(1, keepdim=True) if self.repeat > 1 else correction
+
+    def accepted(self, y: Tensor, correction: Tensor) -> Tensor:
+        """What the network says of tiles y, (B, C, h, w), within what their noise allows."""
+        correction = self.averaged(correction)
+        noise = self.level.noise
+        if noise is not None:
+            tone = (y + correction).mean(1, keepdim=True)
+            strength = EXCESS * noise.confidence * noise.sigma
+            correction = held_to(correction, strength * _relative(noise, tone))
         correction, factor = held_back(correction, self.sigma, _sample_step(self.pixels.dtype))
         self._held += int((factor < 1).sum())
         self._covered += factor.numel()
@@ -171,14 +207,18 @@ class Field:
         array = values[:, : self.height, : self.width].permute(1, 2, 0).cpu().numpy()
         return np.broadcast_to(array, (*array.shape[:2], self.channels))
 
-    def correct(self, y: Tensor, weights: Weights) -> Tensor:
-        """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w) of the picture, differentiable."""
+    def network(self, y: Tensor, weights: Weights) -> Tensor:
+        """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w), in the network's channels."""
         if isinstance(weights, Tensor):
             weights = weights.to(y.device)
-        correction, _ = self.model.module.correction(
+        correction: Tensor = self.model.module.correction(
             self.repeated(y), self.seen, weights, self.whole(weights)
-        )
-        return self.accepted(correction)
+        )[0]
+        return correction
+
+    def correct(self, y: Tensor, weights: Weights) -> Tensor:
+        """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w) of the picture, differentiable."""
+        return self.averaged(self.network(y, weights))
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Iterator[tuple[tiles.Box, np.ndarray]]:
         """Apply a function of tiles, (B, C, h, w) to the same: places in the picture, and the
@@ -208,7 +248,7 @@ class Field:
         """
         if len(self.tiles) > 1:
             weights = None if choose is None else choose(self.logits())
-            return self.each(lambda y: self.correct(y, weights)), self.logits
+            return self.each(lambda y: self.accepted(y, self.network(y, weights))), self.logits
 
         def correct(y: Tensor) -> Tensor:
             def chosen(logits: Tensor) -> Tensor:
@@ -219,7 +259,7 @@ class Field:
                 self.repeated(y), self.seen, None if choose is None else chosen
             )
             self._logits = logits[0].cpu()
-            return self.accepted(correction)
+            return self.accepted(y, correction)
 
         return self.each(correct), self.logits
 
@@ -237,13 +277,11 @@ class Field:
 
     def _counted(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The function, with the share of the work that is done told to who watches."""
-        # Pictures of several tiles take a pass for the class scores before that of the pixels.
-        passes = 2 if len(self.tiles) > 1 and self.model.module.classifies else 1
 
         def run(y: Tensor) -> Tensor:
             out = function(y)
             self._seen += len(y)
-            self._watch(min(1.0, self._seen / (passes * len(self.tiles))))
+            self._watch(min(1.0, self._seen / (self._passes * len(self.tiles))))
             return out
 
         return run
@@ -281,6 +319,32 @@ def estimate_sigma(pixels: np.ndarray, alpha: np.ndarray | None = None) -> float
     return min(sigma, 1.0) if math.isfinite(sigma) else 0.0
 
 
+def noise_level(
+    samples: np.ndarray, alpha: np.ndarray | None = None, sigma: float | None = None
+) -> Level:
+    """The noise of samples (H, W, C) of any dtype: as told, or measured, see `noise.measure`.
+
+    What alpha (H, W) hides has no say. Pictures too small for that, or with too little in them
+    that is not clipped, are judged by `estimate_sigma`.
+    """
+    if sigma is not None:
+        return Level(sigma)
+    if min(samples.shape[:2]) >= MEASURABLE:
+        part = sampled(samples[:, :, :1] if _is_gray(samples) else samples)
+        noise = measure(images.to_unit(part), None if alpha is None else sampled(alpha))
+        if noise.confidence > 0 or noise.sigma > 0:
+            return Level(noise.safe, noise)
+    return Level(estimate_sigma(samples, alpha))
+
+
+def _relative(noise: Noise, tone: Tensor) -> Tensor:
+    """`Noise.curve` of tones in a tensor, like it."""
+    tones, shape = (torch.tensor(part).to(tone) for part in (noise.tones, noise.shape))
+    right = torch.bucketize(tone.contiguous(), tones).clamp(1, len(tones) - 1)
+    share = ((tone - tones[right - 1]) / (tones[right] - tones[right - 1])).clamp(0, 1)
+    return torch.lerp(shape[right - 1], shape[right], share)
+
+
 def _sample(pixels: np.ndarray, side: int = 256, count: int = 8) -> np.ndarray:
     """At most count x count evenly spaced squares of a picture, (H, W, ...), as a mosaic.
 
@@ -307,6 +371,31 @@ def class_weights(model: Model, settings: Settings, logits: Tensor) -> Tensor:
         target = model.weights(settings.target)
     assert target is not None
     return p + settings.guidance * (target - p)
+
+
+def at_class_scale(field: Field, tile: int | None = None) -> Field:
+    """The picture at the size at which its class scores are taken: itself, or a smaller copy
+    with the noise that is left in it, if it is larger than the crops of the training."""
+    shrink = Shrink(field.height, field.width, field.model.header.patch)
+    if shrink.factor == 1:
+        return field
+    # A gray picture has one channel here. Averages of coloured noise may look gray, too, but
+    # only where so little of it is left that the factor of sqrt(3) does not matter.
+    small = shrink.samples(field.pixels)
+    return Field(field.model, small, field.sigma * shrink.noise, tile)
+
+
+def choose_class(field: Field, settings: Settings) -> tuple[Settings, Tensor | None]:
+    """Settings with the most probable class in the place of "auto", and the class scores that
+    say so; the settings as they are, and None, if those come with the field's correction."""
+    small = at_class_scale(field)
+    if not field.model.module.classifies or (small is field and len(field.tiles) == 1):
+        return settings, None
+    logits = small.logits()
+    if settings.target == AUTO:
+        best = field.model.classes[int(logits.argmax())]
+        settings = replace(settings, target={best: 1.0})
+    return settings, logits
 
 
 def ranked(model: Model, logits: Tensor) -> dict[str, float]:
@@ -390,20 +479,22 @@ def restore(
     model: Model,
     settings: Settings,
     watch: Callable[[float], None] = lambda share: None,
+    level: Level | None = None,
 ) -> Restored:
     """Denoise one picture. Size, depth, alpha and metadata are those of ``image``.
 
-    watch: told the share of the work that is done, now and then. ImageError if memory
-    does not suffice; without a ``settings.tile`` smaller tiles are tried first.
+    level: of its noise, if it was measured before. watch: told the share of the work that is
+    done, now and then. ImageError if memory does not suffice; without a ``settings.tile``
+    smaller tiles are tried first.
     """
     _check_model(model, settings)
     if batch_size(*image.samples.shape[:2]) > 1:
-        return restore_batch([image], model, settings)[0]
+        return restore_batch([image], model, settings, None if level is None else [level])[0]
     if _is_bilevel(image.samples):
         return _left_alone(image)
-    sigma = estimate_sigma(image.samples, image.alpha) if settings.sigma is None else settings.sigma
+    level = level or noise_level(image.samples, image.alpha, settings.sigma)
     tile = settings.tile or default_tile(model, settings.memory)
-    field = Field(model, image.samples, sigma, tile, watch)
+    field = Field(model, image.samples, level, tile, watch)
     need = field.area * model.module.config.bytes_per_pixel
     if settings.memory is not None and not settings.tile and need > settings.memory:
         raise ImageError(
@@ -413,23 +504,40 @@ def restore(
     while True:
         try:
             with memory_errors(field):
-                samples, logits = _blend(image, field, settings)
+                settings, shrunk = choose_class(field, settings)
+                samples = _blend(image, field, settings)
             break
         except OutOfMemory:
             if settings.tile:
                 raise
-            smaller = Field(model, image.samples, sigma, math.isqrt(field.area) * 3 // 4, watch)
+            smaller = Field(model, image.samples, level, math.isqrt(field.area) * 3 // 4, watch)
             if smaller.area == field.area:
                 raise
             field = smaller
     held, change = field.held, None
+    found = ranked(model, field.logits() if shrunk is None else shrunk)
     if settings.target is not None:
+        logits = field.logits()
         if field.area > CLASS_TILE**2:
-            field = Field(model, image.samples, sigma, CLASS_TILE, logits=logits)
+            field = Field(model, image.samples, level, CLASS_TILE, logits=logits)
         with memory_errors(field):
             change = class_change(field, logits, settings)
-    found = ranked(model, logits)
-    return Restored(image.with_samples(samples), sigma, field.seen, found, held, change)
+    result = _noted(image.with_samples(samples), level, held)
+    return Restored(result, level.sigma, field.seen, found, held, change)
+
+
+def _noted(image: Image, level: Level, held: float) -> Image:
+    """A restored picture with remarks on what should not go unsaid."""
+    notes = []
+    if held > TOLD:
+        notes.append(
+            f"held back on {held:.0%} of the picture, where the model would have changed more "
+            "than such noise can: is sigma too low?"
+        )
+    noise = level.noise
+    if noise is not None and noise.confidence < 0.5 and noise.told > 1 / images.PEAK:
+        notes.append("unsure what is noise and what texture: give --sigma to take out more")
+    return replace(image, notes=(*image.notes, *notes)) if notes else image
 
 
 def class_change(field: Field, logits: Tensor, settings: Settings) -> float:
@@ -460,14 +568,14 @@ def _rms(values: Tensor) -> float:
     return values.double().square().mean().sqrt().item()
 
 
-def _blend(image: Image, field: Field, settings: Settings) -> tuple[np.ndarray, Tensor]:
-    """Samples of the restored picture, and the class scores."""
+def _blend(image: Image, field: Field, settings: Settings) -> np.ndarray:
+    """Samples of the restored picture."""
     choose = partial(class_weights, field.model, settings) if settings.target else None
-    places, scores = field.stream(choose)
+    places, _ = field.stream(choose)
     result = np.empty_like(image.samples)
     for place, correction in places:
         result[place] = _step(image.samples, place, correction, field.sigma, settings.strength)
-    return result, scores()
+    return result
 
 
 def moved(
@@ -542,17 +650,15 @@ def restore_batch(
     pictures: Sequence[Image],
     model: Model,
     settings: Settings,
-    sigmas: Sequence[float] | None = None,
+    levels: Sequence[Level] | None = None,
 ) -> list[Restored]:
     """Denoise small pictures of one shape (H, W, C) together; each as `restore` does.
 
-    At most `batch_size` of them. sigmas: noise levels to use instead of that of the settings.
+    At most `batch_size` of them. levels: of their noise, if it was measured before.
     """
     _check_model(model, settings)
-    if sigmas is None:
-        given = settings.sigma
-        sigmas = [estimate_sigma(p.samples, p.alpha) if given is None else given for p in pictures]
-    fields = [Field(model, p.samples, s) for p, s in zip(pictures, sigmas, strict=True)]
+    levels = levels or [noise_level(p.samples, p.alpha, settings.sigma) for p in pictures]
+    fields = [Field(model, p.samples, level) for p, level in zip(pictures, levels, strict=True)]
     first = fields[0]
     count = batch_size(first.height, first.width)
     box = first.tiles[0].read
@@ -562,28 +668,35 @@ def restore_batch(
         y[i], seen[i] = field.repeated(field.read(box)[None])[0], field.seen
 
     def weights(logits: Tensor) -> Tensor:
-        chosen = torch.stack([class_weights(model, settings, scores) for scores in logits.cpu()])
-        return chosen.to(logits.device)
+        chosen = [
+            class_weights(model, choice, scores)
+            for scores, (choice, _) in zip(logits.cpu(), choices, strict=True)
+        ]
+        return torch.stack(chosen).to(logits.device)
 
     with memory_errors(first):
+        choices = [choose_class(field, settings) for field in fields]
+        choices += [(settings, None)] * (count - len(fields))  # for what fills the batch up
         correction, found = model.module.correction(
             y.to(model.device), seen.to(model.device), weights if settings.target else None
         )
     found = found.cpu()
     steps = [
-        field.placed(field.accepted(part[None])[0])
+        field.placed(field.accepted(field.read(box)[None], part[None].cpu())[0])
         for field, part in zip(fields, correction, strict=False)
     ]
-    held = [field.held for field in fields]
+    shares = [field.held for field in fields]
     changes: list[float | None] = [None] * len(fields)
     if settings.target is not None:
-        shifts = torch.stack([_class_shift(model, scores, settings) for scores in found])
+        shifts = torch.stack(
+            [_class_shift(model, scores, c) for scores, (c, _) in zip(found, choices, strict=True)]
+        )
         with memory_errors(first):
             shifted, _ = model.module.correction(
                 y.to(model.device), seen.to(model.device), shifts.to(model.device)
             )
         changes = [
-            settings.strength * _rms(field.accepted(part[None])[..., : first.height, : first.width])
+            settings.strength * _rms(field.averaged(part[None])[..., : first.height, : first.width])
             for field, part in zip(fields, shifted.cpu(), strict=False)
         ]
     everything = whole_place(first.pixels)
@@ -591,27 +704,35 @@ def restore_batch(
         _left_alone(picture)
         if _is_bilevel(picture.samples)
         else Restored(
-            picture.with_samples(
-                _step(picture.samples, everything, step, sigma, settings.strength)
+            _noted(
+                picture.with_samples(
+                    _step(picture.samples, everything, step, field.sigma, settings.strength)
+                ),
+                field.level,
+                held,
             ),
-            sigma,
+            field.sigma,
             field.seen,
-            ranked(model, scores),
-            *end,
+            ranked(model, scores if shrunk is None else shrunk),
+            held,
+            change,
         )
-        for picture, sigma, field, step, scores, *end in zip(
-            pictures, sigmas, fields, steps, found, held, changes, strict=False
+        for picture, field, step, scores, (_, shrunk), held, change in zip(
+            pictures, fields, steps, found, choices, shares, changes, strict=False
         )
     ]
 
 
 @torch.no_grad()
-def classify(image: Image, model: Model, sigma: float | None = None) -> Restored:
-    """Posterior over classes of one picture, and the noise level used."""
+def classify(image: Image, model: Model, sigma: float | None = None) -> Classified:
+    """Posterior over classes of one picture, at the scale of the training."""
     if not model.module.classifies:
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
-    sigma = estimate_sigma(image.samples, image.alpha) if sigma is None else sigma
-    field = Field(model, image.samples, sigma, default_tile(model, None))
-    with memory_errors(field):
-        logits = field.logits()
-    return Restored(image, sigma, field.seen, ranked(model, logits))
+    sigma = noise_level(image.samples, image.alpha, sigma).sigma
+    tile = default_tile(model, None)
+    field = Field(model, image.samples, sigma, tile)
+    small = at_class_scale(field, tile)
+    with memory_errors(small):
+        posterior = ranked(model, small.logits())
+    factor = min(field.height, field.width) / min(small.height, small.width)
+    return Classified(posterior, sigma, factor, (small.height, small.width))

@@ -25,7 +25,7 @@ from cdnctl import images
 from cdnctl.batch import AHEAD, Batch, Job, default_output, expand, find_pictures, plan
 from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Image, Metadata
-from cdnctl.restore import Settings, batch_size, estimate_sigma, restore
+from cdnctl.restore import Level, Settings, batch_size, noise_level, restore
 from cdnctl.selection import Models
 
 SIGMA = 0.2
@@ -406,14 +406,14 @@ def test_memory_that_runs_out_while_reading_costs_that_file(
 ) -> None:
     write_pictures(tmp_path / "in", "a.png", "b.png")
     write(tmp_path / "in" / "large.png", noisy_picture(30, 30))
-    estimate = estimate_sigma
+    measured = noise_level
 
-    def greedy(samples: np.ndarray, alpha: np.ndarray | None) -> float:
+    def greedy(samples: np.ndarray, alpha: np.ndarray | None, sigma: float | None) -> Level:
         if samples.shape[0] == 30:
             raise MemoryError
-        return estimate(samples, alpha)
+        return measured(samples, alpha, sigma)
 
-    monkeypatch.setattr("cdnctl.batch.estimate_sigma", greedy)
+    monkeypatch.setattr("cdnctl.batch.noise_level", greedy)
     jobs = plan([tmp_path / "in"], tmp_path / "out", False)
     errors = {d.job.source.name: d.error for d in batch(tmp_path, Settings()).run(jobs)}
     assert {n for n, e in errors.items() if e} == {"large.png"}

@@ -22,6 +22,7 @@ from cdnctl import tiles
 from cdnctl.api import Model
 from cdnctl.errors import UsageError
 from cdnctl.evaluate import batches
+from cdnctl.scale import Shrink
 
 LogPosterior = Callable[[Tensor], Tensor]
 """log p(c | y) in nats, up to a constant: (B, C, H, W) -> (B, K), differentiable."""
@@ -248,7 +249,8 @@ def _margin(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_posterior(model: Model, sigma: float, draws: int = 0, seed: int = 0) -> LogPosterior:
-    """The model's log p(c | y) of pictures (B, C, H, W) of any size, told sigma (in [0, 1]).
+    """The model's log p(c | y) of pictures (B, C, H, W) of any size, told sigma (in [0, 1]),
+    at the scale of the training as `restore.classify` does it.
 
     draws: so many noises of standard deviation sigma are added, and p(c | y) is averaged
     over them. They are the same at every look and known to who attacks: the classifier
@@ -259,8 +261,9 @@ def log_posterior(model: Model, sigma: float, draws: int = 0, seed: int = 0) -> 
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
 
     def one(y: Tensor) -> Tensor:
-        y = tiles.mirrored(y, module.config.multiple)
-        return module.class_scores(y, sigma).log_softmax(1)
+        shrink = Shrink(y.shape[2], y.shape[3], model.header.patch)
+        y = tiles.mirrored(shrink(y), module.config.multiple)
+        return module.class_scores(y, sigma * shrink.noise).log_softmax(1)
 
     def averaged(y: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from cdnctl import figures
 from cdnctl.api import Model
-from cdnctl.images import Image
-from cdnctl.restore import Field, Settings, class_weights, estimate_sigma
+from cdnctl.images import PEAK, Image
+from cdnctl.restore import Field, Settings, choose_class, class_weights, noise_level
 
+BLUR = 3  # pixels, standard deviation of the window of what is drawn
 WINDOW = 9  # pixels, over which the variances of a whole picture are averaged
 
 
@@ -76,9 +78,12 @@ def posterior_std(
     """
     sigma = settings.sigma
     if sigma is None:
-        sigma = estimate_sigma(image.samples, image.alpha)
+        sigma = noise_level(image.samples, image.alpha).sigma
     field = Field(model, image.samples, sigma, settings.tile)
-    weights = class_weights(model, settings, field.logits()) if settings.target else None
+    weights = None
+    if settings.target is not None:
+        settings, _ = choose_class(field, settings)
+        weights = class_weights(model, settings, field.logits())
     generator = torch.Generator().manual_seed(seed)
 
     def spread(y: Tensor) -> Tensor:
@@ -88,3 +93,24 @@ def posterior_std(
 
     std = field.over_tiles(spread)
     return np.sqrt((std**2).mean(-1, keepdims=True)), sigma
+
+
+def drawn(std: np.ndarray, sigma: float) -> Image:
+    """Posterior standard deviations (H, W), in [0, 1] pixel units, for people to look at: dark
+    where the restored picture is sure, bright where it is not, with the key to it.
+
+    Variances are averaged once more, over a Gaussian window: the square one leaves a grid.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    size = figures.size_of_map(*std.shape)
+    smooth = np.sqrt(gaussian_filter(std.astype(np.float64) ** 2, BLUR, mode="reflect"))
+    shown = figures.resized(smooth, *size)
+    top = float(np.percentile(shown, 99.5)) or 1.0
+    scale = figures.Scale(
+        f"uncertainty of each restored pixel (noise {PEAK * sigma:.3g})",
+        figures.heat_colours(np.linspace(0, 1, 256)[None]),
+        [f"{PEAK * top * share:.2g}" for share in (0, 0.5, 1)],
+        "posterior standard deviation, on the scale of 0..255",
+    )
+    return figures.with_scale(figures.heat_colours(shown / top), scale)

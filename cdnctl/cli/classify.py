@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cdnctl.cli.common import (
+    NUMBERS,
     PEAK,
     Device,
     Json,
@@ -17,10 +18,12 @@ from cdnctl.cli.common import (
     Recursive,
     SigmaOption,
     Threads,
+    WithClasses,
     keep_existing,
     parse_sigma,
     progress,
     report_error,
+    save_numbers,
     shown,
     start_torch,
 )
@@ -30,7 +33,7 @@ from cdnctl.errors import ImageError, UsageError
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     app.command()(classify)
-    app.command()(explain)
+    app.command(cls=WithClasses)(explain)
 
 
 def classify(
@@ -44,7 +47,10 @@ def classify(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what pictures show, noisy or not: p(class | picture)."""
+    """Say what pictures show, noisy or not: p(class | picture).
+
+    Pictures larger than those that the model was trained on are shrunk to their size.
+    """
     level = parse_sigma(sigma)
     torch_device = start_torch(device, threads)
     from cdnctl import images
@@ -75,20 +81,34 @@ def classify(
                     "input": str(path),
                     "model": chosen.name,
                     "sigma": round(found.sigma * PEAK, 3),
+                    "scale": round(1 / found.factor, 4),
+                    "size": [found.size[1], found.size[0]],
                     "classes": {k: round(v, 6) for k, v in best.items()},
                 }
                 print(json.dumps(record), flush=True)
             else:
                 listed = "  ".join(f"{name} {p:.1%}" for name, p in best.items())
-                print(f"{shown(path)}: {listed}", flush=True)
+                print(f"{shown(path)}: {listed}{_scale(found.size, found.factor)}", flush=True)
             advance()
     if failed:
         raise typer.Exit(1)
 
 
+def _scale(size: tuple[int, int], factor: float) -> str:
+    """At which size (height, width) a picture was looked at, if not its own."""
+    return f", seen at {size[1]} x {size[0]} pixels (1/{factor:.3g})" if factor > 1 else ""
+
+
 def explain(
     source: Annotated[Path, typer.Argument(help="A picture.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Overlay to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A picture with its scale (.png), or the bare numbers (.tif, .npy).",
+        ),
+    ],
     target: Annotated[
         str, typer.Option("--class", help="Class to explain, or auto: the most probable one.")
     ] = "auto",
@@ -101,31 +121,42 @@ def explain(
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show which pixels speak for a class (red) and against it (blue)."""
+    """Show which pixels speak for a class (red) and against it (blue).
+
+    The map says what each place of the picture adds to the logarithm of the class's
+    probability, averaged over noise and shifts.
+    """
     level = parse_sigma(sigma)
     if target == "none":
         raise UsageError("--class none leaves nothing to explain: give a class, or auto")
     keep_existing(output, overwrite)
     torch_device = start_torch(device, threads)
     from cdnctl import images
-    from cdnctl.analysis.evidence import evidence, overlay
+    from cdnctl.analysis.evidence import drawn, evidence
     from cdnctl.batch import same_file
-    from cdnctl.restore import estimate_sigma
+    from cdnctl.restore import noise_level
     from cdnctl.selection import Models
 
-    if output.suffix.lower() not in images.WRITE_SUFFIXES:
-        raise UsageError(f"-o {str(output)!r} must be a picture file, such as .png")
+    suffix = output.suffix.lower()
+    if suffix not in images.WRITE_SUFFIXES | NUMBERS:
+        raise UsageError(f"-o {str(output)!r} must be a picture file, such as .png, or .npy")
     if same_file(source, output):
         raise UsageError(f"{str(source)!r} would overwrite itself: choose another output")
     label = None if target == "auto" else target
     models = Models(model, torch_device, [] if label is None else [label])
     image = images.read(source)
-    chosen = models.pick(*image.samples.shape[:2])
-    noise = estimate_sigma(image.samples, image.alpha) if level is None else level
+    height, width = image.samples.shape[:2]
+    chosen = models.pick(height, width)
+    noise = noise_level(image.samples, image.alpha, level).sigma
     found = evidence(chosen, image.samples, noise, label)
-    images.write(images.Image.of(overlay(image.pixels, found.support)), output)
+    if suffix in NUMBERS:
+        save_numbers(found.heat(height, width), output)
+    else:
+        images.write(drawn(image, found), output)
     if not quiet:
+        size = found.support.shape
         print(
             f"{shown(source)} -> {shown(output)}, evidence for {found.label} "
             f"(probability {found.posterior[found.label]:.1%}), model {chosen.name}"
+            f"{_scale((size[0], size[1]), min(height, width) / min(size))}"
         )

@@ -6,6 +6,7 @@ has pixels and sigma in [0, 1]. The conversion happens here and in images.py onl
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import signal
@@ -15,13 +16,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+import cdnctl
 from cdnctl.errors import UsageError
+from cdnctl.headers import bundled, classes
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -33,6 +38,7 @@ Threads = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads (default: all cores).")
 ]
 PEAK = 255  # of the command line's scale of noise levels
+NUMBERS = frozenset({".tif", ".tiff", ".npy"})  # suffixes of maps that programs read
 
 SigmaOption = Annotated[
     str, typer.Option("--sigma", help="Noise level on the 0..255 scale, or auto: estimate it.")
@@ -49,6 +55,20 @@ ModelOption = Annotated[
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Look into folders' folders.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
+
+
+class WithClasses(TyperCommand):
+    """A command whose help ends with the classes of the bundled models."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Looked up only now: other runs need not wait for it."""
+        from rich.markup import escape
+
+        paths = bundled(Path(cdnctl.__file__).parent)
+        known = {name: ", ".join(classes(path)) for name, path in paths.items()}
+        lines = [f"Classes of {name}: {names}." for name, names in known.items() if names]
+        self.epilog = escape("\n\n".join(lines))
+        super().format_help(ctx, formatter)
 
 
 def stderr() -> Console:
@@ -212,6 +232,20 @@ def save(path: Path, data: bytes) -> None:
         write_atomically(path, data)
     except OSError as error:
         raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
+
+
+def save_numbers(values: np.ndarray, path: Path) -> None:
+    """Write a float32 map (H, W) as a TIFF file, or as numpy's .npy; see NUMBERS."""
+    from cdnctl import images
+
+    if path.suffix.lower() == ".npy":
+        import numpy as np
+
+        data = io.BytesIO()
+        np.save(data, values)
+        images.save(data.getvalue(), path)
+    else:
+        images.write(images.Image(values[..., None]), path)
 
 
 class Progress:

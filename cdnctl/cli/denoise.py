@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cdnctl.cli.common import (
+    NUMBERS,
     PEAK,
     ClassOption,
     Device,
@@ -24,6 +26,7 @@ from cdnctl.cli.common import (
     Recursive,
     SigmaOption,
     Threads,
+    WithClasses,
     class_names,
     keep_existing,
     parse_class,
@@ -31,6 +34,7 @@ from cdnctl.cli.common import (
     parse_size,
     progress,
     report_error,
+    save_numbers,
     shown,
     start_torch,
     warn,
@@ -47,7 +51,7 @@ STDIO = Path("-")
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command()(denoise)
+    app.command(cls=WithClasses)(denoise)
 
 
 def denoise(
@@ -74,9 +78,13 @@ def denoise(
         Path | None,
         typer.Option(
             "--uncertainty",
-            help="Write the posterior standard deviation of every pixel: as a fraction of "
-            "sigma (16-bit .png), or in pixel units of 0..1 (.tif).",
+            help="Write the posterior standard deviation of every pixel: a picture with its "
+            "scale (.png), or the bare numbers in pixel units of 0..1 (.tif, .npy).",
         ),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option("--compare", help="Write the picture before and after in one picture."),
     ] = None,
     recursive: Recursive = False,
     overwrite: Annotated[
@@ -124,7 +132,8 @@ def denoise(
     torch_device = start_torch(device, threads)
     import torch
 
-    from cdnctl.batch import Batch, plan
+    from cdnctl.batch import Batch, plan, same_file
+    from cdnctl.images import WRITE_SUFFIXES
     from cdnctl.manifest import Manifest
     from cdnctl.restore import Settings
     from cdnctl.runtime import patient_barrier, process_group
@@ -138,6 +147,7 @@ def denoise(
     if STDIO in inputs or output == STDIO:
         given = {
             "--uncertainty": uncertainty is not None,
+            "--compare": compare is not None,
             "--dry-run": dry_run,
             "--resume": resume,
             "--skip-existing": skip_existing,
@@ -154,7 +164,11 @@ def denoise(
         wait_for_all = patient_barrier()
         jobs = plan(inputs, output, recursive)
         if uncertainty is not None:
-            _check_uncertainty(uncertainty, jobs, overwrite)
+            _check_beside("--uncertainty", uncertainty, jobs, NUMBERS | {".png"}, overwrite)
+        if compare is not None:
+            _check_beside("--compare", compare, jobs, WRITE_SUFFIXES, overwrite)
+            if uncertainty is not None and same_file(compare, uncertainty):
+                raise UsageError(f"{str(compare)!r} is named twice: choose another file")
         existing = [job for job in jobs if os.path.exists(job.output)]
         passed: list[Job] = []
         if skip_existing:
@@ -177,6 +191,8 @@ def denoise(
             failed = _report(batch, jobs, passed, printer)
             if uncertainty is not None and jobs and not failed:
                 _write_uncertainty(jobs[0], uncertainty, models, settings)
+            if compare is not None and jobs and not failed:
+                _write_comparison(jobs[0], compare)
             # torchrun ends the other processes when one has failed: not before they are done.
             wait_for_all()
     if failed:
@@ -292,32 +308,43 @@ def _pipe(
     printer.result(source, output, restored, seconds)
 
 
-def _check_uncertainty(path: Path, jobs: list[Job], overwrite: bool) -> None:
+def _check_beside(
+    option: str, path: Path, jobs: list[Job], suffixes: Collection[str], overwrite: bool
+) -> None:
+    """Refuse a file that an option cannot write beside the output of a single picture."""
     from cdnctl.batch import same_file
 
     if len(jobs) != 1:
-        raise UsageError(f"--uncertainty takes one picture, not {len(jobs)}")
+        raise UsageError(f"{option} takes one picture, not {len(jobs)}")
     if same_file(path, jobs[0].source) or same_file(path, jobs[0].output):
-        raise UsageError(f"--uncertainty {str(path)!r} is the picture itself or its output")
-    if path.suffix.lower() not in (".png", ".tif", ".tiff"):
-        raise UsageError(f"--uncertainty {str(path)!r} must be a .png or a .tif file")
+        raise UsageError(f"{option} {str(path)!r} is the picture itself or its output")
+    if path.suffix.lower() not in suffixes:
+        known = ", ".join(sorted(suffixes))
+        raise UsageError(f"{option} {str(path)!r} must be a file of one of the kinds {known}")
     keep_existing(path, overwrite)
 
 
 def _write_uncertainty(job: Job, path: Path, models: Models, settings: Settings) -> None:
-    import numpy as np
-
     from cdnctl import images
-    from cdnctl.analysis.uncertainty import posterior_std
+    from cdnctl.analysis.uncertainty import drawn, posterior_std
 
     image = images.read(job.source)
     std, sigma = posterior_std(image, models.pick(*image.samples.shape[:2]), settings)
-    if path.suffix.lower() in (".tif", ".tiff"):
-        result = images.Image.of(std, np.float32)
-    else:
-        result = images.Image.of(std / max(sigma, 1e-6), np.uint16)
     path.parent.mkdir(parents=True, exist_ok=True)
-    images.write(result, path)
+    if path.suffix.lower() in NUMBERS:
+        save_numbers(std[..., 0], path)
+    else:
+        images.write(drawn(std[..., 0], sigma), path)
+
+
+def _write_comparison(job: Job, path: Path) -> None:
+    """The input beside the output, both as they are in their files."""
+    from cdnctl import images
+    from cdnctl.figures import before_and_after
+
+    both = before_and_after(images.read(job.source), images.read(job.output))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images.write(both, path)
 
 
 class Printer:
