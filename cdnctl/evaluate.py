@@ -2,8 +2,9 @@
 
 Protocol: Gaussian noise from a fixed seed, one generator per picture and noise
 level (seeded by both, so that no score depends on the order or number of pictures),
-the noisy picture not clipped, the result clipped to [0, 1] but not rounded, PSNR for
-the data range [0, 1], averaged over pictures.
+the noisy picture not clipped (or, where that is asked for, clipped and rounded as in a file
+of 8 bits), the result clipped to [0, 1] but not rounded, PSNR for the data range [0, 1],
+averaged over pictures.
 
 Small pictures of one size go through the network together, in batches that are always
 filled up (see ``restore.batch_size``): so no score depends on who shares the batch, either.
@@ -29,7 +30,7 @@ from cdnctl.api import Model
 from cdnctl.batch import find_pictures
 from cdnctl.core.metrics import psnr
 from cdnctl.errors import ImageError, UsageError
-from cdnctl.restore import Field, batch_size, estimate_sigma
+from cdnctl.restore import Field, batch_size, estimate_sigma, moved, whole_place
 
 WAITING_PIXELS = 2**22  # that wait for others of their size: some 100 MB
 
@@ -83,7 +84,8 @@ class Summary:
 def find_samples(folder: Path, noisy: Path | None, model: Model) -> list[Sample]:
     """Pictures of a flat folder, or of class folders (folder/CLASS/*, folder/val/CLASS/*).
 
-    Class folders count if the model knows their names; UsageError if it knows only some.
+    Class folders count if the model knows all of their names: an accuracy over some of the
+    classes would look better than it is.
     """
     if not folder.is_dir():
         raise UsageError(f"{str(folder)!r} is not a folder")
@@ -93,12 +95,7 @@ def find_samples(folder: Path, noisy: Path | None, model: Model) -> list[Sample]
     if not samples:
         pictures = find_pictures(folder, recursive=True)
         names = {p.relative_to(folder).parts[0] for p in pictures}
-        known = names & set(model.classes)
-        if known and known != names:
-            raise UsageError(
-                f"{str(folder)!r} has class folders that model {model.name!r} does not know: "
-                f"{', '.join(sorted(names - known))}; its classes: {', '.join(model.classes)}"
-            )
+        known = names <= set(model.classes)
         for path in pictures:
             place = path.relative_to(folder).parent
             samples.append(Sample(path, place.parts[0] if known else None, None, place.as_posix()))
@@ -173,7 +170,7 @@ class _Job:
     place: int
     sample: Sample
     clean: np.ndarray
-    noisy: np.ndarray
+    noisy: np.ndarray  # floats in [0, 1] plus noise, or whole numbers as of a file
     sigma: float
 
     @property
@@ -182,14 +179,23 @@ class _Job:
         has_noise = self.sigma > 0 or self.sample.noisy is not None
         return (*self.clean.shape, has_noise, self.sample.label is not None)
 
+    def restored(self, correction: np.ndarray) -> np.ndarray:
+        """The picture moved along its correction, (H, W, C), clipped to [0, 1]."""
+        return np.clip(moved(self.noisy, whole_place(self.noisy), correction, self.sigma), 0, 1)
+
 
 def evaluate(
-    samples: Sequence[Sample], model: Model, sigmas: Iterable[float], seed: int = 0
+    samples: Sequence[Sample],
+    model: Model,
+    sigmas: Iterable[float],
+    seed: int = 0,
+    clip: bool = False,
 ) -> Iterator[Row]:
     """Score every picture at every noise level (in [0, 1]); sample.noisy takes their place.
 
-    Rows come in the order of samples and levels. A picture that cannot be read gives a row
-    with its error, and the rest goes on.
+    clip: noisy pictures are clipped and rounded to 8 bits, as files hold them. Rows come in the
+    order of samples and levels. A picture that cannot be read gives a row with its error, and
+    the rest goes on.
     """
     levels = list(sigmas)
     places = itertools.count()
@@ -208,6 +214,8 @@ def evaluate(
                 continue
             for sigma in levels:
                 noisy = noisy_version(clean, sigma, sample.key, seed) if sigma else clean
+                if clip:
+                    noisy = images.from_unit(noisy, np.dtype(np.uint8))
                 yield _Job(next(places), sample, clean, noisy, sigma)
 
     due = 0
@@ -231,9 +239,9 @@ def read_pictures(
 
 
 def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
-    """The clean picture, and the noisy one if it is given."""
+    """The clean picture in [0, 1], and the samples of the noisy one if it is given."""
     clean = images.read(sample.clean).pixels
-    given = None if sample.noisy is None else images.read(sample.noisy).pixels
+    given = None if sample.noisy is None else images.read(sample.noisy).samples
     if given is not None and given.shape != clean.shape:
         raise ImageError(
             f"{str(sample.noisy)!r} is {given.shape}, but its clean partner {clean.shape}"
@@ -272,13 +280,13 @@ class _Batch:
     def solve(self, weights: Tensor | None = None) -> tuple[np.ndarray, Tensor]:
         """Corrections, (n, H, W, C), for class weights (n, K) or the posterior; class scores."""
         if self.tiled:
-            chosen = self.logits.softmax(1) if weights is None else weights
-            return self.field.correction(chosen[0])[None], self.logits
+            chosen = None if weights is None else weights[0]
+            return self.field.correction(chosen)[None], self.logits
         correction, logits = self.model.module.correction(
             self.y, self.seen, None if weights is None else self._filled(weights)
         )
         placed = [
-            field.placed(field.averaged(part[None])[0])
+            field.placed(field.accepted(part[None])[0])
             for field, part in zip(self.fields, correction, strict=False)
         ]
         return np.stack(placed), logits[: self.count].cpu()
@@ -305,12 +313,12 @@ def _score(jobs: Sequence[_Job], model: Model) -> list[Row]:
         if predicted is not None:
             values["predicted"] = model.classes[int(predicted[i])]
         if corrections is not None:
-            clipped = np.clip(job.noisy + corrections[i], 0, 1)
-            values["psnr_noisy"] = picture_psnr(job.noisy, job.clean)
+            clipped = job.restored(corrections[i])
+            values["psnr_noisy"] = picture_psnr(images.to_unit(job.noisy), job.clean)
             values["psnr"] = picture_psnr(clipped, job.clean)
             values["ssim"] = ssim(clipped, job.clean)
         if told is not None:
-            values["psnr_class"] = picture_psnr(np.clip(job.noisy + told[i], 0, 1), job.clean)
+            values["psnr_class"] = picture_psnr(job.restored(told[i]), job.clean)
         rows.append(
             Row(str(job.sample.clean), job.sigma, label=job.sample.label, **values)  # type: ignore[arg-type]
         )

@@ -268,7 +268,7 @@ def test_sigma_looks_like_the_other_unit(tmp_path: Path, real: Run) -> None:
         ("--class", "cat:0.5,zebra:0.5"),
         ("--strength", "1.5"),
         ("--strength", "nan"),
-        ("--guidance", "inf"),
+        ("--class", "cat", "--guidance", "inf"),
         ("--tile", "0"),
         ("--tile", "[/b]"),
         ("--threads", "0"),
@@ -277,14 +277,102 @@ def test_sigma_looks_like_the_other_unit(tmp_path: Path, real: Run) -> None:
         ("--device", "cpu:1"),
         ("--uncertainty", "u.xyz"),
         ("--uncertainty", "u.jpg"),
+        ("--guidance", "2"),
+        ("--guidance", "1", "--class", "none"),
         ("--nonsense",),
+        ("--sigma",),
         ("missing.png",),
     ],
 )
 def test_wrong_values(tmp_path: Path, cdnctl: Run, weights: Path, args: tuple[str, ...]) -> None:
     write(tmp_path / "a.png")
-    assert cdnctl("denoise", "a.png", "--model", weights, *args).code == 2
+    done = cdnctl("denoise", "a.png", "--model", weights, *args)
+    assert done.code == 2 and not done.out
+    assert done.err.startswith("cdnctl: error: ") and len(done.err.splitlines()) == 1
     assert files(tmp_path).keys() == {"a.png"}
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("--nonsense",), ["--nonsense", "cdnctl --help"]),
+        (("nonsense",), ["'nonsense'", "cdnctl --help"]),
+        (("denoise",), ["missing argument", "cdnctl denoise --help"]),
+        (("denoise", "a", "--strenth", "1"), ["--strenth", "--strength"]),
+        (("denoise", "a", "--tile", "soft"), ["--tile", "'soft'", "cdnctl denoise --help"]),
+        (("denoise", "a", "--tile", "0"), ["--tile", "'0'", "1"]),
+        (("denoise", "a", "--tile", "[/b]"), ["'[/b]'"]),
+        (("denoise", "a", "--guidance", "2"), ["--guidance 2", "give --class"]),
+        (("explain", "a"), ["'-o'", "cdnctl explain --help"]),
+        (("explain", "a", "-o", "b.png", "--class", "none"), ["--class none", "auto"]),
+        (("evaluate", "a", "b"), ["b", "cdnctl evaluate --help"]),
+        (("models", "nonsense"), ["'nonsense'", "cdnctl models --help"]),
+        (("models", "show"), ["missing argument", "cdnctl models show --help"]),
+        (("bench", "--methods", "a,wavelet,b"), ["unknown 'a', 'b'; known:"]),
+        (("train", "--set"), ["'--set'"]),
+    ],
+    ids=lambda args: " ".join(args),
+)
+def test_all_errors_have_one_form(cdnctl: Run, args: Any, words: list[str]) -> None:
+    """One line, whoever finds out: no boxes, no usage, no names of Python's types."""
+    done = cdnctl(*args)
+    assert done.code == 2 and not done.out and len(done.err.splitlines()) == 1
+    assert done.err.startswith("cdnctl: error: ") and all(word in done.err for word in words)
+
+
+def test_help_is_no_error(cdnctl: Run) -> None:
+    asked = cdnctl("--help")
+    assert asked.code == 0 and "denoise" in asked.text and not asked.err
+    bare = subprocess.run([COMMAND], capture_output=True, text=True)
+    assert bare.returncode == 2 and "denoise" in bare.stdout and not bare.stderr
+
+
+def test_an_interrupted_command_says_so(
+    tmp_path: Path, cdnctl: Run, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write(tmp_path / "a.png")
+    monkeypatch.setattr(images, "read", interrupt)
+    done = cdnctl("classify", "a.png", "--model", weights)
+    assert done.code == 130 and done.err == "cdnctl: error: interrupted\n"
+
+
+def test_what_a_class_changes_is_told(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "a.tif", dtype=np.float32)
+    command = ("denoise", "a.tif", "--model", weights, "--sigma", "50", "--overwrite")
+
+    def result(*args: str) -> tuple[dict[str, Any], np.ndarray]:
+        (record,) = cdnctl(*command, "--json", *args).records
+        return record, images.read(tmp_path / "a_denoised.tif").pixels
+
+    free, plain = result()
+    told, changed = result("--class", "dog", "--guidance", "3")
+    assert free["class_change"] is None
+    rms = 255 * np.sqrt(np.mean((changed - plain) ** 2))
+    assert told["class_change"] == pytest.approx(rms, rel=1e-3)
+    text = cdnctl(*command, "--class", "dog", "--guidance", "3").text
+    assert f"telling the class changed {rms:.2f} of 255 (rms)" in text
+    assert "telling" not in cdnctl(*command).text
+    faint = cdnctl(*command, "--class", "dog", "--guidance", "1e-4").text
+    assert "changed less than 0.01 of 255" in faint
+
+
+def test_photographs_without_the_photo_weights(tmp_path: Path, cdnctl: Run, shelf: Path) -> None:
+    (shelf / "random.safetensors").unlink()
+    save_tiny(shelf / "small.safetensors", patch=32)
+    write(tmp_path / "in" / "a.png", noisy_picture(48, 64))
+    write(tmp_path / "small.png")
+    for args in (("denoise", "in", "-o", "out"), ("denoise", "in/a.png"), ("classify", "in"),
+                 ("explain", "in/a.png", "-o", "why.png"), ("evaluate", "in")):  # fmt: skip
+        done = cdnctl(*args)
+        assert done.code == 3 and "'photo'" in done.err and "--model" in done.err
+        assert len(done.err.splitlines()) == 1
+    assert files(tmp_path).keys() == {"in/a.png", "small.png", "weights/small.safetensors"}
+    assert cdnctl("denoise", "small.png").code == 0
+    assert cdnctl("denoise", "in/a.png", "--model", "small").code == 0
+    assert "'photo'" in cdnctl("doctor", "--device", "cpu").err
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def evidence(model: Model, pixels: np.ndarray, sigma: float, label: str | None =
     # The correction is linear in the weights: with weights that sum to zero, one pass
     # gives the difference, and what both have in common never enters.
     gradient = field.correction(one_hot - posterior)
-    denoised = to_unit(pixels) + field.correction(posterior)
+    denoised = to_unit(pixels) + field.correction()
     support = (gradient * (denoised - denoised.mean((0, 1)))).sum(-1)
     return Evidence(label, gradient, support, order)
 

@@ -78,8 +78,7 @@ def posterior_std(
     if sigma is None:
         sigma = estimate_sigma(image.samples, image.alpha)
     field = Field(model, image.samples, sigma, settings.tile)
-    with torch.no_grad():
-        weights = class_weights(model, field.logits(), settings)
+    weights = class_weights(model, settings, field.logits()) if settings.target else None
     generator = torch.Generator().manual_seed(seed)
 
     def spread(y: Tensor) -> Tensor:

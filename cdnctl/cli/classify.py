@@ -103,6 +103,8 @@ def explain(
 ) -> None:
     """Show which pixels speak for a class (red) and against it (blue)."""
     level = parse_sigma(sigma)
+    if target == "none":
+        raise UsageError("--class none leaves nothing to explain: give a class, or auto")
     keep_existing(output, overwrite)
     torch_device = start_torch(device, threads)
     from cdnctl import images

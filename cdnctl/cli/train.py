@@ -114,7 +114,6 @@ def train(
         return
 
     with process_group(torch_device) as (rank, _), ExitStack() as stack:
-        watch = stack.enter_context(_watcher(shown=rank == 0 and not quiet))
         start = None if init_from is None else load_model(init_from).path
         begun: list[Path] = []  # the run folder, once there is one
         stop = Event()
@@ -136,30 +135,36 @@ def train(
             # Until now there was nothing to save, and a signal ended the program at once.
             stop = stack.enter_context(stop_on_signal())
 
-        def watched(progress: Progress) -> None:
-            watch(progress)
-            if progress.validation:
-                show(begun[0], progress.step, progress.samples)
-
         try:
-            outcome = train(
-                begin,
-                config=parsed,
-                datasets=datasets or (),
-                settings=settings or (),
-                init_from=start,
-                device=torch_device,
-                max_seconds=max_seconds,
-                should_stop=lambda: stop.is_set(),
-                loaded=loaded,
-                watch=watched,
-            )
+            with _watcher(shown=rank == 0 and not quiet) as report:
+
+                def watch(progress: Progress) -> None:
+                    report(progress)
+                    if progress.validation:
+                        show(begun[0], progress.step, progress.samples)
+
+                outcome = train(
+                    begin,
+                    config=parsed,
+                    datasets=datasets or (),
+                    settings=settings or (),
+                    init_from=start,
+                    device=torch_device,
+                    max_seconds=max_seconds,
+                    should_stop=lambda: stop.is_set(),
+                    loaded=loaded,
+                    watch=watch,
+                )
+            if rank == 0:
+                show(outcome.folder, outcome.step)
         except BaseException:
             if begun and resume is None and rank == 0:
                 discard(begun[0])
             raise
+        finally:
+            if show.problem:
+                warn(f"no pictures of the run, which went on without: {show.problem}")
         if rank == 0:
-            show(outcome.folder, outcome.step)
             if not quiet:
                 name = shlex.quote(str(outcome.folder))
                 if not outcome.finished:
@@ -196,10 +201,11 @@ def _use(folder: Path) -> str:
 
 
 class _Illustrator:
-    """Draws into a run folder. What goes wrong there is told once: no picture is worth a run."""
+    """Draws into a run folder. No picture is worth a run: what goes wrong is kept to be told."""
 
     def __init__(self) -> None:
-        self.step, self.failed = -1, False
+        self.step = -1  # of the newest curves
+        self.problem = ""  # the first; printed beside the live table it would be lost
 
     def __call__(self, folder: Path, step: int, samples: Samples | None = None) -> None:
         """Curves, and the samples of a validation, if not yet done at this step."""
@@ -215,9 +221,7 @@ class _Illustrator:
             if samples is not None:
                 write_atomically(folder / SAMPLES / f"{step:09}.png", sheet(samples))
         except Exception as error:  # a full disk, or fonts that are not there
-            if not self.failed:
-                warn(f"no pictures of the run, which goes on without: {error}")
-            self.failed = True
+            self.problem = self.problem or str(error) or repr(error)
 
 
 def _probe(
@@ -295,7 +299,10 @@ def _bundled() -> dict[str, Path]:
 
 @contextmanager
 def _watcher(shown: bool) -> Iterator[Callable[[Progress], None]]:
-    """A live table on a terminal, one plain line a report otherwise."""
+    """A live table on a terminal, from the first report on; one plain line a report otherwise.
+
+    What is printed beside a table that is redrawn in place is lost.
+    """
     console = stderr()
     if not shown:
         yield lambda p: None
@@ -325,10 +332,14 @@ def _watcher(shown: bool) -> Iterator[Callable[[Progress], None]]:
         table = Table("step", "left", "pictures/s", "loss", "score", "class", "validation")
         for row in rows[-12:]:
             table.add_row(*row)
+        live.start()  # with the first report: what is said of the start is printed before
         live.update(table)
 
-    with Live(console=console, refresh_per_second=2, redirect_stdout=False) as live:
+    live = Live(console=console, refresh_per_second=2, redirect_stdout=False)
+    try:
         yield watch
+    finally:
+        live.stop()
 
 
 def _line(p: Progress) -> str:

@@ -37,7 +37,7 @@ from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
 from cdnctl.errors import SetupError, TrainingError, UsageError
-from cdnctl.models import Network
+from cdnctl.models import Network, Weights
 from cdnctl.training.config import LossConfig, TrainConfig, override, parse
 from cdnctl.training.data import Batch, Batches, Pictures, Unread, fingerprint, load_datasets
 from cdnctl.training.report import CONFIG, PASSED_OVER, RESULTS, Samples
@@ -52,7 +52,9 @@ CHANGEABLE = (  # keys of the config that may be set anew when a run goes on
     "run.validate_every",
     "run.checkpoint_every",
 )
+EXTENDABLE = ("optim.steps", "optim.decay")  # too, while a linear schedule is still constant
 VALIDATION_PIXELS = 2**22  # that a GPU works on at once
+VALIDATION_PATCH = 128  # side of the crops of pictures that are no thumbnails
 SHOWN = 4  # held-out pictures in `Samples`
 
 Objective = Callable[[Network, Batch, LossConfig], tuple[Tensor, Tensor]]
@@ -88,26 +90,41 @@ class Outcome:
 
 
 def losses(model: Network, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Score matching and cross-entropy per picture, (B,) each; the latter 0 where unlabelled."""
-    one_hot = F.one_hot(batch.labels.clamp_min(0), model.num_classes)
+    """Score matching and cross-entropy per picture; the latter 0 where unlabelled.
 
-    def weights(logits: Tensor) -> Tensor:
-        p = logits.softmax(1)
-        return torch.where(batch.condition[:, None], one_hot.to(p.dtype), p)
+    (B,) each, the cross-entropy of the batch's own lesson where it has one.
+    """
+    weights: Weights = None
+    if config.conditional:
+        one_hot = F.one_hot(batch.labels.clamp_min(0), model.num_classes)
 
-    noisy = batch.clean + batch.sigma.view(-1, 1, 1, 1) * batch.noise
-    denoised, logits = model(noisy, batch.told, weights)
+        def weights(logits: Tensor) -> Tensor:
+            p = logits.softmax(1)
+            return torch.where(batch.condition[:, None], one_hot.to(p.dtype), p)
+
+    denoised, logits = model(_noisy(batch), batch.told, weights)
     # A noise level of zero has no score to match; 1/255 bounds the weight.
     sigma = batch.sigma.clamp_min(1 / 255)
     matching = score_matching(denoised, batch.clean, sigma, config.score_power)
-    return matching, cross_entropy(logits, batch.labels, config.smoothing)
+    lesson = batch.lesson
+    if lesson is None:
+        return matching, cross_entropy(logits, batch.labels, config.smoothing)
+    logits = model.class_scores(_noisy(lesson), lesson.told)
+    return matching, cross_entropy(logits, lesson.labels, config.smoothing)
+
+
+def _noisy(batch: Batch) -> Tensor:
+    return batch.clean + batch.sigma.view(-1, 1, 1, 1) * batch.noise
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then cosine to zero."""
+    """Linear warm-up, then cosine to zero, or constant and then linear to zero."""
     o = config.optim
     if step < o.warmup:
         return o.lr * (step + 1) / o.warmup
+    if o.schedule == "linear":
+        fall = max(1, round(o.decay * o.steps))
+        return o.lr * min(1.0, max(0, o.steps - step) / fall)
     phase = (step - o.warmup) / max(1, o.steps - o.warmup)
     return o.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, phase)))
 
@@ -153,9 +170,11 @@ def loss_and_gradients(
     """
     parameters = list(model.parameters())
     rows = config.data.batch
+    learners = config.data.class_batch if batch.lesson is not None else rows
     try:
         matching, entropy = objective(model, batch, config.loss)
-        loss = (config.loss.score * matching + config.loss.classes * entropy).sum() / rows
+        parts = torch.stack([matching.sum() / rows, entropy.sum() / learners])
+        loss = config.loss.score * parts[0] + config.loss.classes * parts[1]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     except TorchDynamoException as error:
         reason = " ".join(str(error).strip().splitlines()[:2])
@@ -164,7 +183,7 @@ def loss_and_gradients(
             "install a C++ compiler (g++) and, for a GPU, triton; or set compile = false under "
             "[run] in the config"
         ) from None
-    parts = torch.stack([loss, matching.sum() / rows, entropy.sum() / rows]).detach()
+    parts = torch.cat([loss[None], parts]).detach()
     return parts, [_like(p, g) for p, g in zip(parameters, gradients, strict=True)]
 
 
@@ -235,13 +254,15 @@ def train(
         folder = _made(run)
         before = read_run(folder / STATE)
         passed_over = before.get("passed_over", [])
-        _check_settings(folder, settings)
         config = parse(before["config"])
+        _check_settings(folder, settings, config, before["state"]["step"])
         datasets = datasets or [Path(p) for p in before["datasets"]]
     config = override(config, settings)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if config.data.batch % world:
-        raise UsageError(f"data.batch {config.data.batch} is no multiple of {world} processes")
+    for key in ("batch", "class_batch"):
+        rows = getattr(config.data, key)
+        if rows % world:
+            raise UsageError(f"data.{key} {rows} is no multiple of {world} processes")
 
     pictures, held = load_datasets(datasets, config.data, device, passed_over)
     unread = (*pictures.unread, *held.unread)
@@ -363,13 +384,17 @@ def _check_processes(mine: dict[str, Any], world: int) -> None:
         )
 
 
-def _check_settings(folder: Path, settings: Sequence[str]) -> None:
+def _check_settings(folder: Path, settings: Sequence[str], config: TrainConfig, step: int) -> None:
     """UsageError if a setting would make another run of one that goes on."""
+    changeable = list(CHANGEABLE)
+    full = learning_rate(config.optim.warmup, config)
+    if config.optim.schedule == "linear" and learning_rate(step, config) == full:
+        changeable += EXTENDABLE
     for setting in settings:
-        if setting.partition("=")[0].strip() not in CHANGEABLE:
+        if setting.partition("=")[0].strip() not in changeable:
             raise UsageError(
                 f"{setting!r} would make another run of {str(folder)!r}: a run that goes on "
-                f"takes {', '.join(CHANGEABLE)}"
+                f"takes {', '.join(changeable)}"
             )
 
 
@@ -402,7 +427,7 @@ def make_header(config: TrainConfig, pictures: Pictures, datasets: Sequence[Path
         model=shape,
         classes=classes,
         sigma_range=(config.noise.low / 255, config.noise.high / 255),
-        patch=config.data.patch,
+        patch=config.data.class_patch if config.data.class_batch else config.data.patch,
         data=", ".join(Path(p).resolve().name for p in datasets),
         version=VERSION,
     )
@@ -420,11 +445,16 @@ def make_model(header: Header, config: TrainConfig, device: torch.device) -> Net
 def _start_from(path: Path, model: Network) -> dict[str, Any]:
     """Give the model the weights of a file; what these say of their own training.
 
-    UsageError if they are those of another network.
+    A model with a channel of ones in its stem may start from one without: it has no weight at
+    first. UsageError if they are those of another network.
     """
     found, header = load_model(path)
+    state = found.state_dict()
+    if model.config.constant and not found.config.constant:
+        stem = state["trunk.stem.weight"]  # (widths[0], channels and noise level, 3, 3)
+        state["trunk.stem.weight"] = torch.cat([stem, torch.zeros_like(stem[:, :1])], 1)
     try:
-        model.load_state_dict(found.state_dict())
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise UsageError(
             f"cannot start from {str(path)!r}, whose network or number of classes "
@@ -457,39 +487,59 @@ def validate(state: TrainState, held: Pictures, config: TrainConfig) -> dict[str
     _copy_into(model, state.ema)
     try:
         result: dict[str, float] = {}
-        patch, size, device = config.data.patch, config.data.batch, held.buffer.device
+        size = config.data.batch
         count = max(1, len(held) // size)
         draw = Batches(held, config.data, config.noise, config.loss, seed=1)
         parts = [losses(model, draw(i), config.loss) for i in range(count)]
         matching, entropy = (torch.cat(p).mean().item() for p in zip(*parts, strict=True))
         result["loss"] = config.loss.score * matching + config.loss.classes * entropy
 
-        if device.type != "cpu":
-            size = max(size, VALIDATION_PIXELS // patch**2)
-        everyone = torch.arange(len(held), device=device)
-        corner = (held.sizes - patch) // 2
-        labels = held.labels.cpu()
-        labelled = labels >= 0
-        known = bool(labelled.any())
+        # Thumbnails tell classes and nothing of denoising, large pictures the reverse.
+        labelled, small = held.labels >= 0, held.sizes.amin(1) < config.data.thumbnail
+        pupils = (labelled & small if config.data.thumbnail else labelled).nonzero().flatten()
+        targets, patch = _targets(held, config)
+        lesson = config.data.class_patch if config.data.class_batch else config.data.patch
         for level in config.run.validate_sigmas:
-            generator = torch.Generator(device).manual_seed(0)
-            scores, outputs = [], []
-            for which in everyone.split(size):
-                clean = held.crops(
-                    which, corner[which, 0], corner[which, 1], torch.zeros_like(which), patch
-                )
-                denoised, logits = model(add_noise(clean, level / 255, generator), level / 255)
-                # On the host: MPS knows no float64.
-                scores.append(psnr(denoised.clamp(0, 1).cpu(), clean.cpu()))
-                outputs.append(logits.cpu())
             if model.denoises:
+                scores = [
+                    # On the host: MPS knows no float64.
+                    psnr(denoised.clamp(0, 1).cpu(), clean.cpu())
+                    for clean, denoised, _ in _looked_at(model, held, targets, patch, level, size)
+                ]
                 result[f"psnr_{level:g}"] = torch.cat(scores).mean().item()
-            if model.classifies and known:
-                logits = torch.cat(outputs)[labelled]
-                result[f"accuracy_{level:g}"] = accuracy(logits, labels[labelled])
+            if model.classifies and len(pupils):
+                logits = torch.cat(
+                    [c.cpu() for _, _, c in _looked_at(model, held, pupils, lesson, level, size)]
+                )
+                result[f"accuracy_{level:g}"] = accuracy(logits, held.labels[pupils].cpu())
         return result
     finally:
         _copy_into(model, trained)
+
+
+def _targets(held: Pictures, config: TrainConfig) -> tuple[Tensor, int]:
+    """Indices of the held-out pictures that are clean enough to denoise, and the side of their
+    crops."""
+    if not config.data.thumbnail:
+        return torch.arange(len(held), device=held.buffer.device), config.data.patch
+    large = held.sizes.amin(1) >= config.data.thumbnail
+    return large.nonzero().flatten(), VALIDATION_PATCH
+
+
+def _looked_at(
+    model: Network, held: Pictures, which: Tensor, patch: int, level: float, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Centre crops of pictures, denoised, and their class scores, in batches; the noise is the
+    same each time."""
+    generator = torch.Generator(held.buffer.device).manual_seed(0)
+    if held.buffer.device.type != "cpu":
+        size = max(size, VALIDATION_PIXELS // patch**2)
+    for part in which.split(size):
+        sizes = held.sizes[part]
+        corner = (sizes - patch) // 2
+        clean = held.crops(part, corner[:, 0], corner[:, 1], torch.zeros_like(part), patch)
+        denoised, logits = model(add_noise(clean, level / 255, generator), level / 255)
+        yield clean, denoised, logits
 
 
 @torch.no_grad()
@@ -497,11 +547,12 @@ def take_samples(state: TrainState, held: Pictures, config: TrainConfig) -> Samp
     """A few held-out pictures, evenly spaced, at the noise levels of validation, denoised by the
     averaged weights. The same ones with the same noise each time. None if there is nothing to
     denoise, or no network that does."""
-    model, levels, patch = state.model, config.run.validate_sigmas, config.data.patch
-    if not model.denoises or not levels or not len(held):
+    model, levels = state.model, config.run.validate_sigmas
+    targets, patch = _targets(held, config)
+    if not model.denoises or not levels or not len(targets):
         return None
-    count, device = min(SHOWN, len(held)), held.buffer.device
-    which = torch.arange(count, device=device) * len(held) // count
+    device, count = held.buffer.device, min(SHOWN, len(targets))
+    which = targets[torch.arange(count, device=device) * len(targets) // count]
     corner = (held.sizes[which] - patch) // 2
     clean = held.crops(which, corner[:, 0], corner[:, 1], torch.zeros_like(which), patch)
     trained = {k: p.detach().clone() for k, p in model.named_parameters()}

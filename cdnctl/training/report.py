@@ -102,6 +102,8 @@ def read_results(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
                     step, value = int(row["step"]), float(text)
                 except (KeyError, TypeError, ValueError):
                     continue
+                if not math.isfinite(value):
+                    continue
                 steps, values = columns.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(value)

@@ -1,0 +1,85 @@
+"""The bundled models do no harm: on pictures that no photographer would take, least of all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cdnctl.api import Model, load
+from cdnctl.checkpoints import bundled
+from cdnctl.images import Image
+from cdnctl.restore import Settings, batch_size, restore, restore_batch
+
+SIGMAS = (0.5, 1, 2, 5, 15, 25, 50, 75)
+GRAYS = (0, 1, 64, 110, 124, 127, 128, 132, 200, 254, 255)
+COLOURS = ((128, 128, 0), (255, 0, 0), (0, 128, 255), (127, 129, 128), (30, 60, 200))
+
+
+def scenes(side: int) -> dict[str, np.ndarray]:
+    """Pictures (side, side, 3) in [0, 1]."""
+    place = np.arange(side)
+    ramp = np.broadcast_to(place / (side - 1), (side, side))
+    found = {f"gray {v}": np.full((side, side), v / 255) for v in GRAYS}
+    found |= {
+        "ramp": ramp,
+        "faint ramp": 0.5 + 0.02 * ramp.T,
+        "diagonal": (ramp + ramp.T) / 2,
+        "edge": 0.2 + 0.6 * (place[:, None] * 0 + place > side / 2),
+        "faint edge": 0.5 + 0.02 * (place[:, None] * 0 + place > side / 2),
+        "stripes": 0.5 + 0.3 * ((place[:, None] + 0 * place) // 6 % 2),
+        "checks": 0.25 + 0.5 * ((place[:, None] // 8 + place // 8) % 2),
+    }
+    pictures = {name: picture[..., None].repeat(3, -1) for name, picture in found.items()}
+    # Colours that are not gray by a rounding: gray pictures are treated as such.
+    pictures |= {f"colour {c}": np.ones((side, side, 1)) * np.array(c) / 255 for c in COLOURS}
+    return pictures
+
+
+@pytest.fixture(scope="module", params=sorted(bundled()))
+def model(request: pytest.FixtureRequest) -> Model:
+    return load(request.param)
+
+
+def rms(pictures: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.square(pictures).mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("side", [32, 43])
+def test_a_picture_comes_out_nearer_to_the_truth(model: Model, sigma: float, side: int) -> None:
+    names, clean = zip(*scenes(side).items(), strict=True)
+    noise = np.random.default_rng(0).standard_normal((len(clean), side, side, 3))
+    noisy = [Image.of(x + sigma / 255 * n, np.float32) for x, n in zip(clean, noise, strict=True)]
+    count, settings = batch_size(side, side), Settings(sigma / 255)
+    results = [
+        result.image.pixels
+        for start in range(0, len(noisy), count)
+        for result in restore_batch(noisy[start : start + count], model, settings)
+    ]
+    after = rms(np.stack(results) - np.stack(clean)) * 255
+    worse = {n: round(float(a), 2) for n, a in zip(names, after, strict=True) if a >= sigma}
+    assert not worse, f"left {worse} of noise {sigma}"
+
+
+@pytest.mark.parametrize("size", [(30, 300), (257, 190)])
+def test_larger_flats_are_flat(model: Model, size: tuple[int, int]) -> None:
+    """Sizes that go through the network on their own, gray and colour."""
+    if model.module.config.whole and max(size) > 256:
+        pytest.skip("a model of small pictures")
+    for colour in ((128, 128, 128), (120, 128, 150)):
+        for sigma in (1, 5, 25):
+            clean = np.ones((*size, 1)) * np.array(colour) / 255
+            noise = np.random.default_rng(0).standard_normal(clean.shape)
+            noisy = Image.of(clean + sigma / 255 * noise, np.float32)
+            after = restore(noisy, model, Settings(sigma / 255)).image.pixels - clean
+            assert 255 * np.sqrt(np.square(after).mean()) < 0.7 * sigma
+
+
+@pytest.mark.parametrize("told", [5, 15, 50])
+def test_too_much_noise_told_of_a_wall_makes_no_relief(model: Model, told: float) -> None:
+    side = 48
+    wall = np.ones((side, side, 1)) * np.array((0.5, 0.55, 0.6))
+    noisy = wall + 3 / 255 * np.random.default_rng(0).standard_normal(wall.shape)
+    for dtype in (np.float32, np.uint8):
+        after = restore(Image.of(noisy, dtype), model, Settings(told / 255)).image.pixels
+        assert after.std((0, 1)).max() <= noisy.std((0, 1)).max()
