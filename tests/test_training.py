@@ -1753,6 +1753,22 @@ def test_samples_are_of_the_average_and_leave_no_trace(datasets: list[Path]) -> 
     assert take_samples(state, held, tiny_config(run={"validate_sigmas": []})) is None
 
 
+def test_samples_are_of_pictures_that_are_no_thumbnails(tmp_path: Path) -> None:
+    """Evenly spaced, at the side of the crops that validation denoises."""
+    for i, side in enumerate((8, 40, 8, 40, 8)):
+        picture(tmp_path / f"{i}.png", (side, side), level=10 * i)
+    data = {"thumbnail": 20, "class_batch": 2, "class_patch": 8, "patch": 16}
+    config = tiny_config(data=data, run={"validate_sigmas": [25]})
+    held = load_datasets([tmp_path], DataConfig(holdout=0), CPU)[0]
+    samples = take_samples(TrainState(tiny_net(), config), held, config)
+    assert samples is not None
+    assert samples.clean.shape == (2, 3, loop.VALIDATION_PATCH, loop.VALIDATION_PATCH)
+    for clean, level in zip(samples.clean, (10, 30), strict=True):
+        assert torch.equal(clean, torch.full_like(clean, level).div(255))
+    small = held.subset(torch.tensor([0, 2]))
+    assert take_samples(TrainState(tiny_net(), config), small, config) is None
+
+
 @pytest.mark.parametrize("side,factor", [(16, 6), (96, 1), (100, 1)])
 def test_a_sheet_of_samples(side: int, factor: int, tmp_path: Path) -> None:
     """Every picture has its place on it, clipped, and larger by a whole factor."""
