@@ -13,9 +13,9 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from cdnctl.checkpoints import SUFFIX, Header, bundled, load_model, weights_hash
+from cdnctl.checkpoints import Header, bundled, find_weights, load_model, weights_hash
 from cdnctl.core import joint
-from cdnctl.errors import UnknownClassError, UsageError, WeightsError
+from cdnctl.errors import UnknownClassError, UsageError
 from cdnctl.models import Network
 from cdnctl.pictures import Given, Sigma
 
@@ -279,16 +279,11 @@ def unknown_class(name: str, model: Model) -> str:
 
 
 def load(name: str | Path = "photo", device: torch.device | str = "cpu") -> Model:
-    """A bundled model by name, or one from a weights file.
+    """A bundled model by name, or one from a run folder of `cdnctl train` (the best weights of
+    the run, else the last ones) or from a weights file.
 
     WeightsError if there is no such model or the file is not sound.
     """
-    known = bundled()
-    path = known.get(str(name), Path(name))
-    if str(name) not in known and path.suffix != SUFFIX and not path.exists():
-        raise WeightsError(
-            f"no bundled model {str(name)!r} (there are: {', '.join(known) or 'none'}) "
-            f"and no weights file of that name"
-        )
+    path = find_weights(name)
     module, header = load_model(path)
     return Model(module.to(device), header, path)

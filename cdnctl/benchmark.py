@@ -23,11 +23,10 @@ import torch
 
 from cdnctl import images
 from cdnctl.batch import Batch, Job
-from cdnctl.checkpoints import bundled
 from cdnctl.errors import CdnctlError
 from cdnctl.evaluate import Sample, noisy_version, picture_psnr, ssim
 from cdnctl.manifest import Manifest
-from cdnctl.methods import method
+from cdnctl.methods import is_model, method
 from cdnctl.restore import Field, Settings, estimate_sigma
 from cdnctl.selection import Models
 
@@ -95,7 +94,7 @@ def cost(
         shape = (side, round(side * 1.5), 3)
         for name in names:
             rng = np.random.default_rng(0)
-            if name in bundled():  # these take pictures as files have them
+            if is_model(name):  # these take pictures as files have them
                 noisy = rng.integers(64, 192, shape, np.uint8)
             else:
                 noisy = rng.random(shape, np.float32)

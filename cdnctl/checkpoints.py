@@ -29,6 +29,7 @@ from cdnctl.models import Network, architecture
 
 FORMAT_VERSION = 1
 SUFFIX = headers.SUFFIX
+MODEL = f"model{SUFFIX}"  # name of the weights of a run
 PACKAGE = Path(__file__).parent
 
 
@@ -339,3 +340,28 @@ def weights_folder() -> Path:
 def bundled() -> dict[str, Path]:
     """Bundled weights by name."""
     return headers.bundled(PACKAGE)
+
+
+def find_weights(name: str | Path) -> Path:
+    """The weights file that is meant: a bundled model by name, the best weights of a run folder
+    (the last ones where none were best), or a file.
+
+    WeightsError if there is none; a file of that name is not looked into.
+    """
+    known, path = bundled(), Path(name)
+    if str(name) in known:
+        return known[str(name)]
+    if path.is_dir():
+        for folder in (path / "best", path / "last", path):
+            if (folder / MODEL).is_file():
+                return folder / MODEL
+        raise WeightsError(
+            f"the folder {str(name)!r} holds no weights, neither best/{MODEL} nor last/{MODEL}: "
+            "give the folder of a run that has saved some, such as runs/1"
+        )
+    if path.suffix != SUFFIX and not path.exists():
+        raise WeightsError(
+            f"no bundled model {str(name)!r} (there are: {', '.join(known) or 'none'}) "
+            "and no weights file or run folder of that name"
+        )
+    return path

@@ -116,8 +116,13 @@ def available() -> list[str]:
     return [*bundled(), *classical, *YARDSTICKS]
 
 
+def is_model(name: str) -> bool:
+    """Whether a method is a trained model: a bundled one, a run folder or a weights file."""
+    return name not in CLASSICAL and name not in YARDSTICKS
+
+
 def method(name: str) -> Method:
-    """A method by name."""
+    """A method by name; what is neither classical nor a yardstick is a model, see `api.load`."""
     if name in YARDSTICKS:
         return PlainStack(*YARDSTICKS[name]).run
     return CLASSICAL[name] if name in CLASSICAL else _with_model(load(name))

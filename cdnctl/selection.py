@@ -19,7 +19,7 @@ SMALL = 40  # pictures with no side longer than this are taken for small ones
 class Models:
     """Loads models when they are first needed, and picks one for a picture.
 
-    name: a bundled model, a weights file, or "auto": the small-picture model for
+    name: a bundled model, a run folder, a weights file, or "auto": the small-picture model for
     pictures of up to 40 pixels a side, the photo model otherwise. A small picture
     goes to the photo model, too, where the other is missing or does not know all of
     ``classes``. A photograph never goes to the small-picture model, which damages it.

@@ -71,7 +71,7 @@ if compgen -G "$run/last/state*.safetensors" >/dev/null; then
     cdnctl train "${data[@]}" --resume "$run" --device "$device" --max-seconds "$(time_left)"
 else
     if [ -d "$run" ]; then # of a call that was ended before it saved its state
-        rm -rf "$run"/{config.json,results.csv,best,last}
+        rm -rf "$run"/{config.json,passed_over.txt,results.csv,curves.png,samples,best,last}
         rmdir "$run"
     fi
     chosen=(--config "$config" --device "$device" "${settings[@]/#/--set=}")

@@ -6,7 +6,9 @@ import csv
 import errno
 import io
 import json
+import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,10 +23,12 @@ from processes import COMMAND, Result, Run, checked
 from tiny import CLASSES, files, noisy_picture, picture, save_tiny, write
 
 from cdnctl import checkpoints, images
-from cdnctl.checkpoints import load_model, read_header, save_model
+from cdnctl.api import load
+from cdnctl.checkpoints import find_weights, load_model, read_header, save_model, weights_hash
 from cdnctl.cli.common import parse_size
-from cdnctl.errors import UsageError
+from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Metadata
+from cdnctl.training import loop, report
 from cdnctl.training.loop import STATE, read_run
 
 NAMES = ["a b.png", "ä ö ü.jpg", "x[1] {y}.tif", "[bold]日本[/bold].png", "sub/'q\"uote.PNG"]
@@ -731,6 +735,7 @@ def test_train_stop_and_resume(tmp_path: Path, cdnctl: Run, dataset: Path) -> No
     stopped = cdnctl(*train, "--max-seconds", "0")
     run = tmp_path / "runs" / "1"
     assert stopped.code == 0 and "--resume runs/1" in stopped.err and steps(run) == [1]
+    assert "cdnctl denoise PICTURE --model runs/1" in stopped.err
     resumed = cdnctl("train", "--resume", run, "--device", "cpu", "-q")
     assert resumed.code == 0 and not resumed.err and steps(run) == [1, 2, 3, 4, 5, 6]
     assert resumed.text.strip() == str(run / "last" / "model.safetensors")
@@ -798,15 +803,211 @@ def test_train_refuses(tmp_path: Path, cdnctl: Run, dataset: Path, args: tuple[s
     before = files(tmp_path)
     assert cdnctl("train", *args, "--device", "cpu").code == 2
     assert files(tmp_path) == before
-    runs = tmp_path / "runs"
-    assert not runs.exists() or not list(runs.iterdir()), "a run that never began"
+    assert not (tmp_path / "runs").exists(), "a run that never began"
 
 
 def test_train_where_it_cannot(tmp_path: Path, cdnctl: Run, dataset: Path) -> None:
     (tmp_path / "file").touch()
     train = ("train", dataset, "--config", "toy.toml", "--device", "cpu")
-    assert cdnctl(*train, "--runs", "file").code == 3
+    done = cdnctl(*train, "--runs", "file")
+    assert done.code == 2 and "'file'" in done.err
     assert cdnctl(*train, "--init-from", "nonesuch").code == 3
-    (dataset / "dog" / "2.png").write_text("text")
+    (tmp_path / "bad.safetensors").write_bytes(b"damaged")
+    assert cdnctl(*train, "--init-from", "bad.safetensors").code == 3
+    for i in (2, 3):
+        (dataset / "dog" / f"{i}.png").write_text("text")
     done = cdnctl(*train)
-    assert done.code == 1 and "2.png" in done.err
+    assert done.code == 1 and "2 of 5 pictures" in done.err
+    assert "2.png" in done.err and "3.png" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_train_names_what_it_passes_over(tmp_path: Path, cdnctl: Run, dataset: Path) -> None:
+    """Even if it is to be quiet; when the run goes on, all is said."""
+    (dataset / "dog" / "2.png").write_text("text")
+    train = ("train", dataset, "--config", "toy.toml", "--device", "cpu")
+    done = cdnctl(*train, "--max-seconds", "0", "-q")
+    assert done.code == 0 and len(done.err.splitlines()) == 2
+    first, line = done.err.splitlines()
+    assert "1 picture " in first and "passed over" in first and "dog/2.png" in line
+    assert (tmp_path / "runs" / "1" / "passed_over.txt").read_text() == f"{line.strip()}\n"
+    assert not cdnctl("train", "--resume", "runs/1", "--device", "cpu", "-q").err
+    probe = cdnctl(*train, "--probe", "--max-seconds", "0", "--json")
+    assert probe.code == 0 and "dog/2.png" in probe.err
+
+
+@pytest.mark.parametrize("error,code", [(KeyboardInterrupt, 130), (MemoryError, None)])
+@pytest.mark.parametrize("where", ["load_datasets", "TrainState", "train_step"])
+def test_a_run_that_did_not_get_far_leaves_no_folder(
+    tmp_path: Path,
+    cdnctl: Run,
+    dataset: Path,
+    where: str,
+    error: type[BaseException],
+    code: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loop, where, fail)
+    train = ("train", dataset, "--config", "toy.toml", "--device", "cpu")
+    if code is None:
+        with pytest.raises(error):
+            cdnctl(*train)
+    else:
+        assert cdnctl(*train).code == code
+    assert not list(tmp_path.glob("runs/*"))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert cdnctl(*train, "--max-seconds", "0").code == 0
+    before = files(tmp_path / "runs")
+    monkeypatch.setattr(loop, where, fail)
+    resume = ("train", "--resume", "runs/1", "--device", "cpu")
+    if code is None:
+        with pytest.raises(error):
+            cdnctl(*resume)
+    else:
+        assert cdnctl(*resume).code == code
+    assert files(tmp_path / "runs").keys() == before.keys(), "one that goes on loses nothing"
+
+
+def test_a_loss_that_is_no_number_from_the_start(
+    tmp_path: Path, cdnctl: Run, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.losses
+    monkeypatch.setattr(loop, "losses", lambda *args: [x * math.nan for x in original(*args)])
+    done = cdnctl("train", dataset, "--config", "toy.toml", "--device", "cpu")
+    assert done.code == 1 and "not a number" in done.err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+# -- a run folder is a model, and shows what it did -----------------------------------------
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The folder of a run with other best weights than last ones."""
+    run = tmp_path / "my runs" / "1"
+    for seed, name in enumerate(("best", "last")):
+        save_tiny(run / name / "model.safetensors", seed=seed)
+    return run
+
+
+def test_weights_of_a_run_folder(finished: Path, shelf: Path, monkeypatch: Any) -> None:
+    """The best, or else the last; bundled names come first; a folder of weights will do."""
+    best, last = (finished / name / "model.safetensors" for name in ("best", "last"))
+    assert load(finished).path == find_weights(str(finished)) == best
+    assert load(finished).hash == load(best).hash != load(last).hash
+    assert find_weights(last.parent) == last
+    best.unlink()
+    assert load(finished).path == last
+    last.unlink()
+    for folder in (finished, finished.parent):
+        with pytest.raises(WeightsError, match="holds no weights") as caught:
+            load(folder)
+        assert repr(str(folder)) in str(caught.value)
+    monkeypatch.chdir(finished.parent)
+    save_tiny(Path("random") / "best" / "model.safetensors", seed=5)
+    assert find_weights("random") == shelf / "random.safetensors"
+    assert find_weights("./random") == Path("random/best/model.safetensors")
+
+
+def test_a_run_folder_wherever_a_model_is_named(
+    tmp_path: Path, cdnctl: Run, finished: Path, dataset: Path
+) -> None:
+    best = finished / "best" / "model.safetensors"
+    write(tmp_path / "a.png")
+    write(tmp_path / "in" / "a.png", picture(20, 24))
+
+    def both(*args: object, out: str = "") -> None:
+        """The same by the run folder as by the file that is meant."""
+        results = []
+        for name in (finished, best):
+            target = tmp_path / f"{len(results)}{out}"
+            done = cdnctl(*(name if a is best else target if a == "OUT" else a for a in args))
+            assert done.code == 0, done.err
+            results.append((target.read_bytes() if out else b"", done.out if not out else b""))
+        assert results[0] == results[1] and any(results[0])
+
+    both("denoise", "a.png", "--sigma", "25", "-o", "OUT", "--model", best, out=".png")
+    both("explain", "a.png", "--sigma", "25", "-o", "OUT", "--model", best, out="why.png")
+    both("models", "export", best, "OUT", out=".safetensors")
+    both("classify", "a.png", "--sigma", "25", "--json", "--model", best)
+    both("evaluate", "in", "--sigma", "25", "--json", "--model", best)
+    both("models", "show", best)
+
+    bench = cdnctl("bench", "in", "--sigma", "25", "--json", "--methods", f"wavelet,{finished}")
+    assert bench.code == 0, bench.err
+    assert [row["method"] for row in bench.records[0]] == ["wavelet", str(finished)]
+    cost = cdnctl("bench", "--megapixels", "0.01", "--json", "--methods", finished)
+    assert cost.code == 0 and cost.records[0][0]["method"] == str(finished)
+
+    shape = ["widths=[8,16]", "blocks=[1,1]"]
+    train = ["train", dataset, "--config", "toy.toml", "--device", "cpu", "--max-seconds", "0"]
+    train += [f"--set=model.{s}" for s in shape]
+    assert cdnctl(*train, "--init-from", finished).code == 0
+    started = read_header(tmp_path / "runs/1/last/model.safetensors").training["started_from"]
+    assert started["weights"] == weights_hash(best)
+
+    shutil.rmtree(best.parent)
+    shutil.rmtree(finished / "last")
+    for args in (
+        ("denoise", "a.png", "-o", "none.png", "--model", finished),
+        ("classify", "a.png", "--model", finished),
+        ("explain", "a.png", "-o", "none.png", "--model", finished),
+        ("evaluate", "in", "--model", finished),
+        ("models", "show", finished),
+        ("models", "export", finished, "none.safetensors"),
+        ("bench", "in", "--methods", finished),
+        (*train, "--init-from", finished),
+    ):
+        done = cdnctl(*args)
+        assert done.code == 3 and str(finished) in done.err and "holds no weights" in done.err
+    assert not list(tmp_path.glob("none.*")) and len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_what_a_run_shows(tmp_path: Path, cdnctl: Run, dataset: Path) -> None:
+    for i in range(10):
+        write(dataset / "dog" / f"more {i}.png", picture(20, 24, top=5 * i))
+    train = ["train", dataset, "--config", "toy.toml", "--device", "cpu"]
+    train += ["--set=data.holdout=1", "--set=run.validate_every=2"]
+    done = cdnctl(*train)
+    assert done.code == 0 and "warning" not in done.err
+    run = tmp_path / "runs" / "1"
+    use = next(line for line in done.err.splitlines() if "use it with: " in line)
+    write(tmp_path / "a.png")
+    command = shlex.split(use.partition(": ")[2].replace("PICTURE", "a.png"))
+    assert command[0] == "cdnctl" and cdnctl(*command[1:]).code == 0
+    assert {p.name for p in (run / "samples").iterdir()} == {f"00000000{i}.png" for i in (2, 4, 6)}
+    curves = images.read(run / "curves.png").pixels
+    assert curves.shape[1] > 2 * curves.shape[0], "three panels side by side"
+    shown = cdnctl("models", "show", run)
+    assert shown.code == 0 and "6 of 6" in shown.text and "curves.png" in shown.text
+
+    # What cannot be drawn is told, once, and trains no differently.
+    (tmp_path / "runs" / "2").mkdir()
+    for number, parts in (("3", [train]), ("4", [[*train, "--max-seconds", "0"], None])):
+        new = tmp_path / "runs" / number
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(report, "sheet", blocked)
+            for part in parts:
+                worse = cdnctl(*(part or ("train", "--resume", new, "--device", "cpu")))
+                assert worse.code == 0
+        assert worse.err.count("warning") == 1 and "No space left" in worse.err
+        assert not (new / "samples").exists()
+        for name in ("best", "last"):
+            first, second = (
+                load_model(r / name / "model.safetensors")[0].state_dict() for r in (run, new)
+            )
+            assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def blocked(*args: object) -> bytes:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_classifier_is_not_said_to_denoise(tmp_path: Path, cdnctl: Run, dataset: Path) -> None:
+    train = ("train", dataset, "--config", "toy.toml", "--device", "cpu", "--max-seconds", "0")
+    done = cdnctl(*train, "--set", "model.arch=classifier", "--runs", "my runs")
+    assert done.code == 0 and "cdnctl classify PICTURE --model 'my runs/1'" in done.err

@@ -80,6 +80,9 @@ def test_outputs_that_the_readme_promises(place):
     assert iio.imread(place / "photo_denoised.jpg").shape == iio.imread(place / "photo.jpg").shape
     assert len(list((place / "restored").rglob("*.png"))) == 3
     assert (place / "why.png").is_file()
+    assert iio.imread(place / "own.jpg").shape == iio.imread(place / "photo.jpg").shape
+    for name in ("curves.png", "samples", "results.csv", "best", "last"):
+        assert (place / "runs" / "1" / name).exists()
 
 
 @pytest.mark.parametrize("code", PYTHON)

@@ -275,7 +275,9 @@ def test_an_interrupted_bar_gives_the_cursor_back(place: Path, logs: Path) -> No
 
 @needs_server
 def test_what_train_says_stays_on_the_terminal(place: Path, logs: Path) -> None:
-    """It redraws its table in place: what it has to say at the end must come after the last."""
+    """It redraws its table in place: what it has to say comes before the first or after the
+    last."""
+    (place / "in" / "bad.png").write_text("text")
     with terminal() as (name, read):
         command = ("train", "in", "--config", "tiny", "--device", "cpu", "--max-seconds", "0",
                    "--set", "data.holdout=0", "--set", "run.log_every=1")  # fmt: skip
@@ -283,7 +285,11 @@ def test_what_train_says_stays_on_the_terminal(place: Path, logs: Path) -> None:
         done = start(*command, cwd=place, logs=logs, terminal=name, env=env).wait()
         seen = read()
     assert done.code == 0 and done.text == "runs/1/last/model.safetensors\n"
-    assert seen.index("stopped and saved") > max(seen.rindex("┘"), seen.rindex("\x1b[?25h"))
+    end = max(seen.rindex("┘"), seen.rindex("\x1b[?25h"))
+    for remark in ("stopped and saved", "use it with"):
+        assert seen.index(remark) > end
+    for remark in ("bad.png", "run folder"):
+        assert seen.index(remark) < min(seen.index("┏"), seen.index("\x1b[?25l"))
 
 
 # -- several processes ----------------------------------------------------------------------

@@ -118,7 +118,8 @@ def test_255_lives_where_units_change(name: str) -> None:
     ],
 )
 def test_torch_stays_unloaded(code: str) -> None:
-    check = "\nimport sys\nprint(sorted({'torch', 'skimage', 'imagecodecs'} & set(sys.modules)))"
+    heavy = {"torch", "skimage", "imagecodecs", "matplotlib"}
+    check = f"\nimport sys\nprint(sorted({heavy} & set(sys.modules)))"
     run = subprocess.run(
         [sys.executable, "-c", code + check], capture_output=True, text=True, check=True
     )

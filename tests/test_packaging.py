@@ -1,9 +1,13 @@
 """The bundled weights are found however the package was installed."""
 
+import ast
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -54,6 +58,32 @@ def built(tmp_path_factory):
         archive.extractall(out / "unpacked", filter="data")
     (unpacked,) = (out / "unpacked").iterdir()
     return wheel, sdist, build(unpacked, "wheel", out / "again")
+
+
+def test_all_that_is_imported_is_installed():
+    """By the first set-up command, but for what the extras and the README's Limits name."""
+
+    def plain(name: str) -> str:
+        return re.split(r"[<>=!~;\[ ]", name)[0].lower().replace("_", "-")
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    installed = {plain(name) for name in project["dependencies"]}
+    extras = {"heic": {"pillow-heif"}, "raw": {"rawpy"}}
+    for extra, names in extras.items():
+        assert {plain(name) for name in project["optional-dependencies"][extra]} == names
+    optional = set.union(*extras.values(), {"bm3d"})
+    owners = packages_distributions()
+    found = set()
+    for path in (ROOT / "cdnctl").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            found |= {name.split(".")[0] for name in names}
+    needed = set()
+    for module in found - sys.stdlib_module_names - {"cdnctl"}:
+        needed |= {plain(name) for name in owners.get(module, [module])}
+    assert needed - optional <= installed
 
 
 EXPECTED = {p.stem for p in (ROOT / "weights").glob("*.safetensors")}

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -67,10 +67,22 @@ from cdnctl.training.loop import (
     new_run_folder,
     numerics,
     shared_path,
+    take_samples,
     train,
     validate,
 )
 from cdnctl.training.probe import Trial, best_trial, probe
+from cdnctl.training.report import (
+    CELL,
+    CONFIG,
+    GAP,
+    PASSED_OVER,
+    RESULTS,
+    Samples,
+    describe,
+    read_results,
+    sheet,
+)
 from cdnctl.training.state import SHARD, SINGLE, STATE, TrainState, read_run, read_tensors
 
 CPU = torch.device("cpu")
@@ -307,11 +319,103 @@ def test_loading(tmp_path: Path) -> None:
         assert np.array_equal(got, pixels)
 
 
-def test_a_broken_picture_is_named(tmp_path: Path) -> None:
-    picture(tmp_path / "good.png")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
-    with pytest.raises(ImageError, match=r"broken\.png"):
-        load_datasets([tmp_path], DataConfig(), CPU)
+BROKEN = b"\x89PNG\r\n\x1a\n nothing more"
+
+
+def labelled(root: Path, count: int, broken: Collection[str] = ()) -> Path:
+    """Pictures of two classes, told apart by their levels; some of them broken."""
+    for i in range(count):
+        path = picture(root / "ab"[i % 2] / f"{i}.png", level=i)
+        if path.relative_to(root).as_posix() in broken:
+            path.write_bytes(BROKEN)
+    return root
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("holdout", [0, 3])
+def test_a_set_with_broken_pictures_is_the_set_without_them(
+    packed: bool, holdout: int, tmp_path: Path
+) -> None:
+    bad = {"a/0.png", "b/7.png", "b/39.png"}
+    broken, good = labelled(tmp_path / "set", 40, bad), labelled(tmp_path / "good", 40)
+    for name in bad:
+        (good / name).unlink()
+    first = []  # a set with pictures of its own for validation, where none are held out
+    if not holdout:
+        first = [tmp_path / "more"]
+        for split in ("train", "val"):
+            picture(first[0] / split / "a" / "x.png", level=99)
+    data = DataConfig(holdout=holdout)
+    given = pack(tmp_path / "set.zip", broken) if packed else broken
+    got, want = (load_datasets([*first, r], data, CPU) for r in (given, good))
+    assert all(map(same_pictures, got, want)) and fingerprint(*got) == fingerprint(*want)
+    assert len(got[1]) == (holdout or 1)
+    assert {u.key for u in got[0].unread} == {f"{len(first)}:{name}" for name in bad}
+    for unread in got[0].unread:
+        assert unread.key.partition(":")[2] in unread.reason and "damaged" in unread.reason
+    # What was passed over stays out when it is mended, and when it is gone.
+    keys = [u.key for u in got[0].unread]
+    for last in (labelled(broken, 40), good):
+        again = load_datasets([*first, last], data, CPU, without=keys)
+        assert all(map(same_pictures, again, got)) and not again[0].unread
+
+
+@pytest.mark.parametrize("count,most", [(3, 1), (19, 1), (20, 2), (39, 3), (250, 25)])
+def test_too_many_broken_pictures(count: int, most: int, tmp_path: Path) -> None:
+    names = [f"{'ab'[i % 2]}/{i}.png" for i in range(count)]
+    bad = names[-most:]
+    root = labelled(tmp_path, count, bad)
+    assert len(load_datasets([root], DataConfig(holdout=0), CPU)[0]) == count - most
+    extra = names[-most - 1]
+    (root / extra).write_bytes(BROKEN)
+    with pytest.raises(ImageError, match=f"{most + 1} of {count} pictures") as caught:
+        load_datasets([root], DataConfig(), CPU)
+    message = str(caught.value)
+    named = [name for name in (*bad, extra) if name in message]
+    assert len(named) == min(most + 1, 20), "the first twenty by name"
+    assert (f"and {most + 1 - 20} more" in message) is (most + 1 > 20)
+
+
+def test_a_class_without_pictures(tmp_path: Path) -> None:
+    root = labelled(tmp_path, 40)
+    picture(root / "c" / "1.png").write_bytes(BROKEN)
+    with pytest.raises(ImageError, match=r"no picture of 'c'[\s\S]*c/1\.png"):
+        load_datasets([root], DataConfig(), CPU)
+
+
+def test_a_run_sees_the_same_pictures_when_it_goes_on(
+    datasets: list[Path], whole: Path, tmp_path: Path
+) -> None:
+    """Whatever becomes of those that it passed over: they may be mended, or removed."""
+    told: list[int] = []
+    for name in ("mended", "removed", "packed"):
+        roots = [tmp_path / name / p.name for p in datasets]
+        for source, target in zip(datasets, roots, strict=True):
+            shutil.copytree(source, target)
+        bad = roots[0] / "brick" / "x.png"
+        bad.write_bytes(BROKEN)
+        folder = tmp_path / f"run {name}"
+        run(folder, roots, should_stop=after(3), loaded=lambda u: told.append(len(u)))
+        assert (folder / PASSED_OVER).read_text().count("\n") == 1
+        assert "brick/x.png" in (folder / PASSED_OVER).read_text()
+        assert "1 passed over" in dict(describe(folder))["data"]
+        if name == "removed":
+            bad.unlink()
+        else:
+            shutil.copy(roots[0] / "grass" / "00.png", bad)
+        if name == "packed":
+            roots[0] = pack(tmp_path / "moved.zip", roots[0])
+        again = {"datasets": roots, "loaded": lambda u: told.append(len(u))}
+        train(folder, device=CPU, should_stop=after(2), **again)
+        assert train(folder, device=CPU, **again).finished
+        same_to_the_bit(folder, whole)
+    assert told == [1, 0, 0] * 3
+    # One that could be read when the run began is another matter.
+    folder = tmp_path / "run"
+    run(folder, datasets, should_stop=after(3))
+    (tmp_path / "removed" / "photos" / "03.png").write_bytes(BROKEN)
+    with pytest.raises(UsageError, match=r"59 pictures.*60 pictures"):
+        train(folder, datasets=[tmp_path / "removed" / p.name for p in datasets], device=CPU)
 
 
 def pack(target: Path, folder: Path) -> Path:
@@ -1617,6 +1721,117 @@ def test_validation_is_of_the_average_and_leaves_no_trace(datasets: list[Path]) 
     assert validate(state, held, config) != first
 
 
+# -- what a run shows -----------------------------------------------------------------------------
+
+
+def test_samples_are_of_the_average_and_leave_no_trace(datasets: list[Path]) -> None:
+    net, config = tiny_net(), tiny_config(run={"validate_sigmas": [0, 25, 50]})
+    held = load_datasets(datasets, config.data, CPU)[0]
+    state = TrainState(net, config)
+    average = build_module(Header("x", "gradresnet", vars(net.config), ("a", "b"), (0, 1), 16))
+    average.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.5)
+    weights = {k: v.clone() for k, v in net.state_dict().items()}
+    before = torch.get_rng_state()
+    samples = take_samples(state, held, config)
+    assert samples is not None and samples.sigmas == (0, 25, 50)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
+    assert samples.clean.shape == (4, 3, 16, 16)
+    assert samples.noisy.shape == samples.denoised.shape == (3, 4, 3, 16, 16)
+    for sigma, noisy, denoised in zip((0, 25, 50), samples.noisy, samples.denoised, strict=True):
+        assert (noisy - samples.clean).std() == pytest.approx(sigma / 255, rel=0.1)
+        with torch.no_grad():
+            torch.testing.assert_close(denoised, average(noisy, sigma / 255)[0])
+    again = take_samples(state, held, config)
+    assert again is not None and torch.equal(again.noisy, samples.noisy), "the same each time"
+    for one in (held.subset(torch.arange(0)), held.subset(torch.tensor([3]))):
+        few = take_samples(state, one, config)
+        assert (few is None) if not len(one) else (few is not None and len(few.clean) == 1)
+    assert take_samples(state, held, tiny_config(run={"validate_sigmas": []})) is None
+
+
+def test_samples_are_of_pictures_that_are_no_thumbnails(tmp_path: Path) -> None:
+    """Evenly spaced, at the side of the crops that validation denoises."""
+    for i, side in enumerate((8, 40, 8, 40, 8)):
+        picture(tmp_path / f"{i}.png", (side, side), level=10 * i)
+    data = {"thumbnail": 20, "class_batch": 2, "class_patch": 8, "patch": 16}
+    config = tiny_config(data=data, run={"validate_sigmas": [25]})
+    held = load_datasets([tmp_path], DataConfig(holdout=0), CPU)[0]
+    samples = take_samples(TrainState(tiny_net(), config), held, config)
+    assert samples is not None
+    assert samples.clean.shape == (2, 3, loop.VALIDATION_PATCH, loop.VALIDATION_PATCH)
+    for clean, level in zip(samples.clean, (10, 30), strict=True):
+        assert torch.equal(clean, torch.full_like(clean, level).div(255))
+    small = held.subset(torch.tensor([0, 2]))
+    assert take_samples(TrainState(tiny_net(), config), small, config) is None
+
+
+@pytest.mark.parametrize("side,factor", [(16, 6), (96, 1), (100, 1)])
+def test_a_sheet_of_samples(side: int, factor: int, tmp_path: Path) -> None:
+    """Every picture has its place on it, clipped, and larger by a whole factor."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(2, 3, side, side, generator=generator)
+    many = torch.randn(2, 3, 2, 3, side, side, generator=generator)  # far beyond [0, 1]
+    (tmp_path / "sheet.png").write_bytes(sheet(Samples(clean, *many, (15.0, 25.0, 50.0))))
+    pixels = np.array(PIL.Image.open(tmp_path / "sheet.png"))
+    step, noisy, denoised = side * factor + GAP, *many
+    assert side * factor >= CELL and pixels.shape[1] == 7 * step - GAP
+    order = [clean, noisy[0], denoised[0], noisy[1], denoised[1], noisy[2], denoised[2]]
+    top = pixels.shape[0] - 2 * step + GAP
+    for x, column in enumerate(order):
+        for y, wanted in enumerate(column):
+            at = pixels[top + y * step :, x * step :][: side * factor, : side * factor]
+            small = at[::factor, ::factor]
+            assert np.array_equal(small.repeat(factor, 0).repeat(factor, 1), at)
+            levels = wanted.clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
+            assert np.array_equal(small, levels)
+
+
+def test_samples_come_with_a_validation(datasets: list[Path], tmp_path: Path) -> None:
+    for arch in ("gradresnet", "classifier"):
+        progress: list[loop.Progress] = []
+        run(tmp_path / arch, datasets, sections={"model": {"arch": arch}}, watch=progress.append)
+        shown = [p.step for p in progress if p.samples is not None]
+        assert shown == ([4, 8, 10] if arch == "gradresnet" else [])
+
+
+def test_an_account_of_a_run(whole: Path, tmp_path: Path) -> None:
+    rows = rows_of(whole)
+    results = read_results(whole)
+    for name in rows[0]:
+        want = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
+        assert list(zip(*results[name], strict=True)) == want
+    about = dict(describe(whole))
+    best = min((r for r in rows if r["val_loss"]), key=lambda r: float(r["val_loss"]))
+    assert f"step {best['step']}" in about["best"]
+    assert f"{float(best['val_psnr_25']):.2f} dB" in about["best"]
+    assert f"{float(best['val_accuracy_25']):.1%}" in about["best"]
+    assert "10 of 10" in about["step"] and "finished" in about["step"]
+    assert f"{float(rows[-1]['loss']):.5f}" in about["loss"]
+    assert "60 pictures" in about["data"] and "brick, grass" in about["data"]
+    assert "steps = 10" in about["config"] and "lr =" not in about["config"]
+    steps = [read_header(whole / n / MODEL).training["steps"] for n in ("best", "last")]
+    for step, line in zip(steps, about["weights"].splitlines(), strict=True):
+        assert line.endswith(f"step {step}")
+    assert {line.partition(":")[0] for line in about["files"].splitlines()} == {
+        p.name for p in whole.iterdir()
+    }
+    # Of one that has only begun; and half a row is none.
+    (tmp_path / CONFIG).write_bytes((whole / CONFIG).read_bytes())
+    early = dict(describe(tmp_path))
+    assert early["step"].startswith("0 of 10") and early["weights"] == "none yet"
+    text = (whole / RESULTS).read_text()
+    (tmp_path / RESULTS).write_text(text[: text.index("\n") + 3])
+    assert "0 of 10" in dict(describe(tmp_path))["step"]
+    for text in ("", "{", "[]", "{}", '{"config": {"data": {"patsh": 1}}}'):
+        (tmp_path / CONFIG).write_text(text)
+        with pytest.raises(UsageError, match=str(tmp_path)):
+            describe(tmp_path)
+
+
 @pytest.mark.parametrize("arch", ["gradresnet", "unet"])
 def test_the_loss_goes_down(arch: str, datasets: list[Path], tmp_path: Path) -> None:
     progress: list[loop.Progress] = []
@@ -1714,6 +1929,10 @@ def worker(rank: int, folder: Path, datasets: list[Path]) -> None:
     assert (outcome.step, outcome.finished) == (3, False)
     with pytest.raises(UsageError, match="batch 5"):
         run(folder / "odd", datasets, sections={"data": {"batch": 5}})
+    # One has a file that the other cannot read: their batches would be of different pictures.
+    with pytest.raises(TrainingError, match="different pictures"):
+        run(folder / "mixed", datasets[rank:])
+    assert not (folder / "mixed").exists()
     dist.barrier()
     dist.destroy_process_group()
 

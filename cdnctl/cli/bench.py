@@ -48,7 +48,11 @@ def bench(
         str, typer.Option("--megapixels", help="Picture sizes for time and memory.")
     ] = "0.25,4",
     methods: Annotated[
-        str | None, typer.Option("--methods", help="Only these, comma-separated.")
+        str | None,
+        typer.Option(
+            "--methods",
+            help="Only these, comma-separated; run folders and weights files are methods, too.",
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -86,17 +90,21 @@ def bench(
     start_torch("cpu", threads)
     from cdnctl.batch import expand
     from cdnctl.benchmark import cost, quality
+    from cdnctl.checkpoints import find_weights, read_header
     from cdnctl.methods import REFERENCE, YARDSTICKS, available
 
     names = available()
     if methods is not None:
-        unknown = sorted(set(methods.split(",")) - set(names))
-        if unknown:
+        wanted = methods.split(",")
+        own = [name for name in dict.fromkeys(wanted) if name not in names]
+        if unknown := [name for name in own if not name or not Path(name).exists()]:
             raise UsageError(
-                f"--methods {methods!r} names the unknown {', '.join(map(repr, unknown))}; "
-                f"known: {', '.join(names)}"
+                f"--methods {methods!r} names the unknown {', '.join(map(repr, sorted(unknown)))}; "
+                f"known: {', '.join(names)}, and run folders and weights files"
             )
-        names = [n for n in names if n in methods.split(",")]
+        for name in own:
+            read_header(find_weights(name))
+        names = [n for n in names if n in wanted] + own
     if folders:
         _throughput(as_json, threads)
         return
@@ -155,15 +163,15 @@ def _throughput(as_json: bool, threads: int | None) -> None:
 def _gradient(names: Sequence[str], as_json: bool) -> None:
     from rich.table import Table
 
-    from cdnctl.checkpoints import bundled, read_header
+    from cdnctl.checkpoints import bundled, find_weights, read_header
+    from cdnctl.methods import is_model
     from cdnctl.ratios import ratios
 
-    models = bundled()
-    if foreign := [name for name in names if name not in models]:
-        raise UsageError(f"{foreign[0]!r} has no gradient: give some of {', '.join(models)}")
+    if foreign := [name for name in names if not is_model(name)]:
+        raise UsageError(f"{foreign[0]!r} has no gradient: give some of {', '.join(bundled())}")
     rows = []
     for name in names:
-        for row in ratios(read_header(models[name])):
+        for row in ratios(read_header(find_weights(name))):
             rows.append(row)
             stderr().print(f"{row.model}, {row.task}, {row.precision}, {row.way}: {row.ratio:.2f}")
     if as_json:

@@ -50,7 +50,10 @@ ClassOption = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str, typer.Option("--model", help="auto, a bundled model, or a .safetensors file.")
+    str,
+    typer.Option(
+        "--model", help="auto, a bundled model, a run folder (runs/1), or a .safetensors file."
+    ),
 ]
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Look into folders' folders.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]

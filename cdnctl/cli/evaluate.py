@@ -75,7 +75,8 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", help="auto, a bundled model, or a .safetensors file; repeat to compare."
+            "--model",
+            help="auto, a bundled model, a run folder, or a .safetensors file; repeat to compare.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of all that is random.")] = 0,

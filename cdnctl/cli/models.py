@@ -45,17 +45,27 @@ def models(context: typer.Context, as_json: Json = False) -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A bundled model or a weights file.")]) -> None:
-    """Print a model's card: what it is, how it was made, how it scores."""
-    from cdnctl.checkpoints import bundled, card
+def show(
+    name: Annotated[
+        str, typer.Argument(help="A bundled model, a run folder such as runs/1, or a weights file.")
+    ],
+) -> None:
+    """Print a model's card: what it is, how it was made, how it scores. Of a run folder: how far
+    training is, its scores and config, and what is in it."""
+    from cdnctl.checkpoints import bundled, card, find_weights
+    from cdnctl.training.report import describe, is_run
 
-    print(card(bundled().get(name, Path(name))), end="")
+    if name not in bundled() and is_run(Path(name)):
+        for subject, account in describe(Path(name)):
+            print(f"{subject:8} {account}".replace("\n", f"\n{'':9}"))
+        return
+    print(card(find_weights(name)), end="")
 
 
 @app.command()
 def export(
     source: Annotated[
-        Path, typer.Argument(help="Weights of a run: runs/3/last/model.safetensors.")
+        str, typer.Argument(help="A run folder such as runs/1 (its best weights), or a file.")
     ],
     target: Annotated[Path, typer.Argument(help="File to write; its card goes beside it.")],
     scores: Annotated[
@@ -65,7 +75,7 @@ def export(
     half: Annotated[bool, typer.Option("--half", help="Store float16.")] = False,
 ) -> None:
     """Copy trained weights with scores in their header, and write their card."""
-    from cdnctl.checkpoints import SUFFIX, check_scores
+    from cdnctl.checkpoints import SUFFIX, check_scores, find_weights
     from cdnctl.checkpoints import export as export_weights
 
     if target.suffix != SUFFIX:
@@ -82,7 +92,7 @@ def export(
             raise UsageError(
                 f"{file!r} does not hold what 'cdnctl evaluate --json' prints ({error})"
             ) from None
-    export_weights(source, target, reports, half)
+    export_weights(find_weights(source), target, reports, half)
     print(target)
 
 
@@ -99,7 +109,16 @@ def doctor(device: Device = "auto", threads: Threads = None) -> None:
     from cdnctl.selection import AUTO, SMALL, Models
 
     print(f"cdnctl {VERSION}, Python {platform.python_version()}, {platform.platform()}")
-    for package in ("torch", "imagecodecs", "PIL", "tifffile", "skimage", "safetensors", "typer"):
+    for package in (
+        "torch",
+        "imagecodecs",
+        "PIL",
+        "tifffile",
+        "skimage",
+        "safetensors",
+        "typer",
+        "matplotlib",
+    ):
         module = __import__(package)
         print(f"  {package} {getattr(module, '__version__', '?')}")
     print(f"devices: {', '.join(available_devices())}; using {torch_device}, "

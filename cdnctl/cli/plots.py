@@ -1,4 +1,4 @@
-"""Figures of the commands, by matplotlib, which is an extra."""
+"""Figures of the commands, by matplotlib."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdnctl.cli.common import save
-from cdnctl.errors import SetupError, UsageError
+from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 
 def check_plot(path: Path) -> None:
     """Refuse what cannot be drawn before anything is measured."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SetupError('--plot needs an extra package; run: pip install "cdnctl[plot]"') from None
+    from matplotlib.figure import Figure
+
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         raise UsageError(f"cannot draw {str(path)!r}: its suffix must be one of {', '.join(known)}")
@@ -46,3 +44,31 @@ def curves(axes: Axes, scores: Mapping[str, Mapping[float, float]], name: str) -
         if line:
             axes.plot(list(line), list(line.values()), "o-", ms=3, c=f"C{i}", label=label)
     axes.set(xlabel="sigma (0..255)", ylabel=name)
+
+
+def training_panels(
+    results: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+) -> list[Callable[[Axes], None]]:
+    """Panels of a run over its steps: the loss, PSNR and accuracy, as far as it has them.
+
+    results: as `training.report.read_results` gives them.
+    """
+    lines = {  # of each panel: its columns of results.csv, and what they are called
+        "loss": {"loss": "training", "val_loss": "held out"},
+        "PSNR (dB), held out": {n: n for n in results if n.startswith("val_psnr_")},
+        "accuracy, held out": {n: n for n in results if n.startswith("val_accuracy_")},
+    }
+
+    def panel(name: str, columns: Mapping[str, str]) -> Callable[[Axes], None]:
+        def paint(axes: Axes) -> None:
+            for i, (column, label) in enumerate(columns.items()):
+                style = "-" if column == "loss" else "o-"
+                label = label if name == "loss" else f"sigma {label.rpartition('_')[2]}"
+                axes.plot(*results[column], style, ms=3, c=f"C{i}", label=label)
+            axes.set(xlabel="step", ylabel=name, yscale="log" if name == "loss" else "linear")
+            axes.legend()
+
+        return paint
+
+    known = {n: {c: v for c, v in columns.items() if c in results} for n, columns in lines.items()}
+    return [panel(name, columns) for name, columns in known.items() if columns]

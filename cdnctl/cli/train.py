@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdnctl.cli.common import Device, Json, Quiet, Threads, start_torch, stderr, stop_on_signal
-from cdnctl.errors import CdnctlError, UsageError
+from cdnctl.cli.common import (
+    Device,
+    Json,
+    Quiet,
+    Threads,
+    start_torch,
+    stderr,
+    stop_on_signal,
+    warn,
+)
+from cdnctl.cli.plots import draw, training_panels
+from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
     from cdnctl.training.config import TrainConfig
+    from cdnctl.training.data import Unread
     from cdnctl.training.loop import Progress
     from cdnctl.training.probe import Trial
+    from cdnctl.training.report import Samples
 
 PROBE_SECONDS = 90.0  # after which a probe begins no further trial, if nothing else is said
 
@@ -45,7 +59,10 @@ def train(
         typer.Option("--set", help="SECTION.KEY=VALUE of the config; repeatable."),
     ] = None,
     init_from: Annotated[
-        str | None, typer.Option("--init-from", help="Weights to start from: name or file.")
+        str | None,
+        typer.Option(
+            "--init-from", help="Weights to start from: a model's name, run folder or file."
+        ),
     ] = None,
     runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = Path(
         "runs"
@@ -80,11 +97,15 @@ def train(
             "--json is for --probe; of a run, results.csv in its folder has the numbers"
         )
 
+    if runs.exists() and not runs.is_dir():
+        raise UsageError(f"--runs {str(runs)!r} is a file: give a folder to make run folders in")
+
     torch_device = start_torch(device, threads)
     from cdnctl.api import load as load_model
+    from cdnctl.checkpoints import MODEL
     from cdnctl.runtime import process_group
     from cdnctl.training.config import load, override
-    from cdnctl.training.loop import MODEL, new_run_folder, shared_path, train
+    from cdnctl.training.loop import discard, new_run_folder, shared_path, train
     from cdnctl.training.state import STATE, read_run
 
     parsed = None if config is None else load(_bundled().get(config, Path(config)))
@@ -92,45 +113,115 @@ def train(
         _probe(override(parsed, settings or ()), datasets or (), torch_device, max_seconds, as_json)
         return
 
-    with (
-        process_group(torch_device) as (rank, _),
-        stop_on_signal() as stop,
-    ):
+    with process_group(torch_device) as (rank, _), ExitStack() as stack:
         start = None if init_from is None else load_model(init_from).path
-        folder = resume or shared_path(lambda: new_run_folder(runs))
-        if rank == 0 and not quiet:
-            stderr().print(f"run folder: {folder}", markup=False)
-            if resume is not None:
-                step = read_run(folder / STATE)["state"]["step"]
-                stderr().print(f"going on at step {step}", markup=False)
+        begun: list[Path] = []  # the run folder, once there is one
+        stop = Event()
+        show = _Illustrator()
+
+        def begin() -> Path:
+            begun.append(resume or shared_path(lambda: new_run_folder(runs)))
+            if rank == 0 and not quiet:
+                stderr().print(f"run folder: {begun[0]}", markup=False)
+                if resume is not None:
+                    step = read_run(resume / STATE)["state"]["step"]
+                    stderr().print(f"going on at step {step}", markup=False)
+            return begun[0]
+
+        def loaded(unread: Sequence[Unread]) -> None:
+            nonlocal stop
+            if rank == 0:
+                _warn_of(unread, ", and listed in passed_over.txt of the run folder")
+            # Until now there was nothing to save, and a signal ended the program at once.
+            stop = stack.enter_context(stop_on_signal())
+
         try:
-            # What is printed beside a table that is redrawn in place is lost.
-            with _watcher(shown=rank == 0 and not quiet) as watch:
+            with _watcher(shown=rank == 0 and not quiet) as report:
+
+                def watch(progress: Progress) -> None:
+                    report(progress)
+                    if progress.validation:
+                        show(begun[0], progress.step, progress.samples)
+
                 outcome = train(
-                    folder,
+                    begin,
                     config=parsed,
                     datasets=datasets or (),
                     settings=settings or (),
                     init_from=start,
                     device=torch_device,
                     max_seconds=max_seconds,
-                    should_stop=stop.is_set,
+                    should_stop=lambda: stop.is_set(),
+                    loaded=loaded,
                     watch=watch,
                 )
-        except CdnctlError:
-            with suppress(OSError):
-                folder.rmdir()  # if it is empty: a run that never began
+            if rank == 0:
+                show(outcome.folder, outcome.step)
+        except BaseException:
+            if begun and resume is None and rank == 0:
+                discard(begun[0])
             raise
+        finally:
+            if show.problem:
+                warn(f"no pictures of the run, which went on without: {show.problem}")
         if rank == 0:
-            if not outcome.finished and not quiet:
-                stderr().print(
-                    f"stopped and saved at step {outcome.step}; "
-                    f"continue with: cdnctl train --resume {folder}",
-                    markup=False,
-                )
-            print(folder / "last" / MODEL)
+            if not quiet:
+                name = shlex.quote(str(outcome.folder))
+                if not outcome.finished:
+                    stderr().print(
+                        f"stopped and saved at step {outcome.step}; "
+                        f"continue with: cdnctl train --resume {name}",
+                        markup=False,
+                    )
+                use = _use(outcome.folder)
+                stderr().print(f"use it with: cdnctl {use} PICTURE --model {name}", markup=False)
+                stderr().print(f"see what is there: cdnctl models show {name}", markup=False)
+            print(outcome.folder / "last" / MODEL)
         if stop.is_set() and not outcome.finished:
             raise typer.Exit(130)
+
+
+def _warn_of(unread: Sequence[Unread], more: str = "") -> None:
+    """Name the picture files that are passed over. more: what else is to be said of all."""
+    from cdnctl.training.data import listed
+
+    if unread:
+        one = len(unread) == 1
+        what = "picture that cannot be read is" if one else "pictures that cannot be read are"
+        warn(f"{len(unread)} {what} passed over{more}:{listed(unread)}")
+
+
+def _use(folder: Path) -> str:
+    """The command that suits the model of a run."""
+    from cdnctl.checkpoints import find_weights, read_header
+    from cdnctl.models import architecture
+
+    module = architecture(read_header(find_weights(folder)).arch).module
+    return "denoise" if module.denoises else "classify"
+
+
+class _Illustrator:
+    """Draws into a run folder. No picture is worth a run: what goes wrong is kept to be told."""
+
+    def __init__(self) -> None:
+        self.step = -1  # of the newest curves
+        self.problem = ""  # the first; printed beside the live table it would be lost
+
+    def __call__(self, folder: Path, step: int, samples: Samples | None = None) -> None:
+        """Curves, and the samples of a validation, if not yet done at this step."""
+        from cdnctl.checkpoints import write_atomically
+        from cdnctl.training.report import CURVES, SAMPLES, read_results, sheet
+
+        if step == self.step:
+            return
+        self.step = step
+        try:
+            if panels := training_panels(read_results(folder)):
+                draw(folder / CURVES, panels)
+            if samples is not None:
+                write_atomically(folder / SAMPLES / f"{step:09}.png", sheet(samples))
+        except Exception as error:  # a full disk, or fonts that are not there
+            self.problem = self.problem or str(error) or repr(error)
 
 
 def _probe(
@@ -147,7 +238,7 @@ def _probe(
 
     seconds = PROBE_SECONDS if math.isinf(max_seconds) else max_seconds
     each = min(2.0, seconds / 20)
-    trials = probe(config, datasets, device=device, max_seconds=seconds, each=each)
+    trials = probe(config, datasets, device=device, max_seconds=seconds, each=each, loaded=_warn_of)
     best = best_trial(trials)
     choice = {f"run.{k}": getattr(best, k) for k in ("precision", "channels_last", "compile")}
     if as_json:
@@ -208,7 +299,10 @@ def _bundled() -> dict[str, Path]:
 
 @contextmanager
 def _watcher(shown: bool) -> Iterator[Callable[[Progress], None]]:
-    """A live table on a terminal, one plain line a report otherwise."""
+    """A live table on a terminal, from the first report on; one plain line a report otherwise.
+
+    What is printed beside a table that is redrawn in place is lost.
+    """
     console = stderr()
     if not shown:
         yield lambda p: None
@@ -238,10 +332,14 @@ def _watcher(shown: bool) -> Iterator[Callable[[Progress], None]]:
         table = Table("step", "left", "pictures/s", "loss", "score", "class", "validation")
         for row in rows[-12:]:
             table.add_row(*row)
+        live.start()  # with the first report: what is said of the start is printed before
         live.update(table)
 
-    with Live(console=console, refresh_per_second=2, redirect_stdout=False) as live:
+    live = Live(console=console, refresh_per_second=2, redirect_stdout=False)
+    try:
         yield watch
+    finally:
+        live.stop()
 
 
 def _line(p: Progress) -> str:
@@ -263,6 +361,6 @@ def _validation(p: Progress) -> str:
 
 def _left(p: Progress) -> str:
     """Time to the end, if it goes on as fast."""
-    minutes, seconds = divmod(round(p.seconds * (p.steps - p.step) / p.step), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+    from cdnctl.training.report import clock
+
+    return clock(p.seconds * (p.steps - p.step) / p.step)

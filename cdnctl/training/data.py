@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,6 +30,7 @@ from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import is_image_path, read
 from cdnctl.training.config import DataConfig, LossConfig, NoiseConfig
 
+NAMED = 20  # of the files that cannot be read, in a message
 MAX_MEMBER = 2**30  # bytes: a larger picture file in a zip file is refused before it is unpacked
 
 
@@ -37,12 +38,22 @@ MAX_MEMBER = 2**30  # bytes: a larger picture file in a zip file is refused befo
 class Source:
     """A picture file of a dataset: its place, inside ``archive`` where that is a zip file.
 
-    label: its class; None where it has none.
+    label: its class; None where it has none. key: which it is among all files of all datasets,
+    wherever these lie and whether packed or not (see `load_datasets`).
     """
 
     path: Path
     label: str | None
     archive: Path | None = None
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A picture file that cannot be read, and was passed over. reason: names the file."""
+
+    key: str
+    reason: str
 
 
 def find_pictures(root: Path, split: str = "train") -> list[Source]:
@@ -167,35 +178,67 @@ def _load(source: Source, archives: Mapping[Path, zipfile.ZipFile]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(levels.transpose(2, 0, 1)))
 
 
+def _attempt(source: Source, archives: Mapping[Path, zipfile.ZipFile]) -> Tensor | Unread:
+    """`_load`, or why not."""
+    try:
+        return _load(source, archives)
+    except ImageError as error:
+        return Unread(source.key, str(error))
+
+
+def listed(unread: Sequence[Unread]) -> str:
+    """Why the first of them could not be read, a line each, and how many more there are."""
+    lines = [u.reason for u in unread[:NAMED]]
+    if len(unread) > NAMED:
+        lines.append(f"and {len(unread) - NAMED} more")
+    return "".join(f"\n  {line}" for line in lines)
+
+
 @dataclass(frozen=True)
 class Pictures:
-    """Many pictures of any sizes. ``labels`` index ``classes``; -1 means unlabelled."""
+    """Many pictures of any sizes. ``labels`` index ``classes``; -1 means unlabelled.
+
+    unread: files that were to be among them and could not be read.
+    """
 
     buffer: Tensor  # uint8, all pictures one after the other, each (3, H, W)
     offsets: Tensor  # (N,) int64
     sizes: Tensor  # (N, 2) int64, H and W
     labels: Tensor  # (N,) int64
     classes: tuple[str, ...]
+    unread: tuple[Unread, ...] = ()
 
     @staticmethod
     def load(sources: Sequence[Source], classes: Sequence[str], device: torch.device) -> Pictures:
-        """Decode all files into memory. ImageError names the first that cannot be read."""
+        """Decode all files into memory, but for those that cannot be read.
+
+        ImageError if these are more than a tenth (and more than one), or all.
+        """
         with ExitStack() as stack, ThreadPoolExecutor() as pool:
             archives = {
                 path: stack.enter_context(zipfile.ZipFile(path))
                 for path in {s.archive for s in sources if s.archive is not None}
             }
-            pictures = list(pool.map(lambda s: _load(s, archives), sources))
+            found = list(pool.map(lambda s: _attempt(s, archives), sources))
+        unread = tuple(item for item in found if isinstance(item, Unread))
+        pictures = [item for item in found if isinstance(item, Tensor)]
+        read = [s for s, item in zip(sources, found, strict=True) if isinstance(item, Tensor)]
+        if len(unread) > max(1, len(sources) // 10) or not read:
+            raise ImageError(
+                f"{len(unread)} of {len(sources)} pictures cannot be read, which is too many to go "
+                f"on without them: mend or remove them{listed(unread)}"
+            )
         index = {name: i for i, name in enumerate(classes)}
         lengths = torch.tensor([p.numel() for p in pictures])
         return Pictures(
             buffer=torch.cat([p.flatten() for p in pictures]).to(device),
             offsets=(lengths.cumsum(0) - lengths).to(device),
             sizes=torch.tensor([p.shape[1:] for p in pictures]).to(device),
-            labels=torch.tensor([-1 if s.label is None else index[s.label] for s in sources]).to(
+            labels=torch.tensor([-1 if s.label is None else index[s.label] for s in read]).to(
                 device
             ),
             classes=tuple(classes),
+            unread=unread,
         )
 
     def __len__(self) -> int:
@@ -394,7 +437,8 @@ def split_holdout(pictures: Pictures, count: int) -> tuple[Pictures, Pictures]:
     held = (torch.arange(count, dtype=torch.float64) * n / count).long()
     keep = torch.ones(n, dtype=torch.bool)
     keep[held] = False
-    return pictures.subset(keep.nonzero().flatten()), pictures.subset(held)
+    training = replace(pictures.subset(keep.nonzero().flatten()), unread=pictures.unread)
+    return training, pictures.subset(held)
 
 
 def fingerprint(*parts: Pictures) -> dict[str, Any]:
@@ -412,21 +456,36 @@ def fingerprint(*parts: Pictures) -> dict[str, Any]:
 
 
 def load_datasets(
-    roots: Iterable[Path], data: DataConfig, device: torch.device
+    roots: Iterable[Path], data: DataConfig, device: torch.device, without: Collection[str] = ()
 ) -> tuple[Pictures, Pictures]:
     """All datasets of a run as (training, validation) pictures over the union of their classes.
 
     Validation is what lies in root/val; without any, ``data.holdout`` pictures are
-    kept out of training.
+    kept out of training. Files that cannot be read are passed over, see `Pictures.load`.
+    without: keys of files to leave out unseen, as they were when the run began.
     """
-    roots = list(roots)
-    train = [s for root in roots for s in find_pictures(root)]
-    val = [s for root in roots for s in find_pictures(root, "val")]
+    roots, left_out = list(roots), set(without)
+
+    def sources(split: str) -> list[Source]:
+        found = []
+        for number, root in enumerate(roots):
+            for s in find_pictures(root, split):
+                name = s.path if s.archive is not None else s.path.relative_to(root)
+                found.append(replace(s, key=f"{number}:{name.as_posix()}"))
+        return [s for s in found if s.key not in left_out]
+
+    train, val = sources("train"), sources("val")
     classes = sorted({s.label for s in train if s.label is not None})
     unknown = {s.label for s in val if s.label is not None} - set(classes)
     if unknown:
         raise UsageError(f"classes in val/ that train/ does not have: {sorted(unknown)}")
     pictures = Pictures.load(train, classes, device)
+    found = set(pictures.labels.tolist())
+    if lost := [name for i, name in enumerate(classes) if i not in found]:
+        raise ImageError(
+            f"no picture of {', '.join(map(repr, lost))} can be read: mend or remove them"
+            f"{listed(pictures.unread)}"
+        )
     if val:
         return pictures, Pictures.load(val, classes, device)
     return split_holdout(pictures, data.holdout)

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from cdnctl.checkpoints import (
+    MODEL,
     Header,
     build_module,
     load_model,
@@ -35,14 +36,14 @@ from cdnctl.checkpoints import (
 from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
-from cdnctl.errors import SetupError, UsageError
+from cdnctl.errors import SetupError, TrainingError, UsageError
 from cdnctl.models import Network, Weights
 from cdnctl.training.config import LossConfig, TrainConfig, override, parse
-from cdnctl.training.data import Batch, Batches, Pictures, fingerprint, load_datasets
+from cdnctl.training.data import Batch, Batches, Pictures, Unread, fingerprint, load_datasets
+from cdnctl.training.report import CONFIG, PASSED_OVER, RESULTS, Samples
 from cdnctl.training.state import STATE, TrainState, read_run
 from cdnctl.version import VERSION
 
-MODEL = "model.safetensors"
 CHANGEABLE = (  # keys of the config that may be set anew when a run goes on
     "run.precision",
     "run.compile",
@@ -54,6 +55,7 @@ CHANGEABLE = (  # keys of the config that may be set anew when a run goes on
 EXTENDABLE = ("optim.steps", "optim.decay")  # too, while a linear schedule is still constant
 VALIDATION_PIXELS = 2**22  # that a GPU works on at once
 VALIDATION_PATCH = 128  # side of the crops of pictures that are no thumbnails
+SHOWN = 4  # held-out pictures in `Samples`
 
 Objective = Callable[[Network, Batch, LossConfig], tuple[Tensor, Tensor]]
 
@@ -72,6 +74,7 @@ class Progress:
     grad_norm: float
     lr: float
     validation: dict[str, float]  # psnr_15, accuracy_15, ...; empty between validations
+    samples: Samples | None = None  # likewise; of networks that denoise
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ def train_step(
 
 
 def train(
-    folder: Path,
+    run: Path | Callable[[], Path],
     *,
     config: TrainConfig | None = None,
     datasets: Sequence[Path] = (),
@@ -227,10 +230,14 @@ def train(
     device: torch.device,
     max_seconds: float = math.inf,
     should_stop: Callable[[], bool] = lambda: False,
+    loaded: Callable[[Sequence[Unread]], None] = lambda unread: None,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
-    """Start the run in ``folder`` with a config, or continue the one that is there without.
+    """Start a run in the folder ``run`` with a config, or continue the one that is there without.
 
+    A function as ``run`` makes the folder, once all else is ready: what cannot begin leaves none.
+    Picture files that cannot be read are passed over, and again when the run goes on; ``loaded``
+    is told of them, or that there are none, when all others are in memory.
     Saves and returns when all steps are done, ``max_seconds`` have passed or
     ``should_stop`` says so; in a group of processes all of them stop together.
     A continued run ends at the same weights as one that was never stopped (on a CPU to
@@ -241,10 +248,12 @@ def train(
     TrainingError if the loss is not a number; the last saved state is kept.
     """
     deadline = time.monotonic() + max_seconds
-    place = folder / STATE
     before: dict[str, Any] | None = None  # what a run that goes on said of itself
+    passed_over: list[str] = []  # keys of files that it did not read
     if config is None:
-        before = read_run(place)
+        folder = _made(run)
+        before = read_run(folder / STATE)
+        passed_over = before.get("passed_over", [])
         config = parse(before["config"])
         _check_settings(folder, settings, config, before["state"]["step"])
         datasets = datasets or [Path(p) for p in before["datasets"]]
@@ -255,14 +264,19 @@ def train(
         if rows % world:
             raise UsageError(f"data.{key} {rows} is no multiple of {world} processes")
 
-    pictures, held = load_datasets(datasets, config.data, device)
+    pictures, held = load_datasets(datasets, config.data, device, passed_over)
+    unread = (*pictures.unread, *held.unread)
+    loaded(unread)
     header = make_header(config, pictures, datasets)
-    extra = {
+    extra: dict[str, Any] = {
         "config": config.to_dict(),
         "datasets": [str(Path(p).resolve()) for p in datasets],
         "classes": list(header.classes),
         "fingerprint": fingerprint(pictures, held),
+        "passed_over": [*passed_over, *(u.key for u in unread)],
     }
+    if world > 1:
+        _check_processes(extra["fingerprint"], world)
     if before is not None:
         _check_pictures(folder, before, extra)
     model = make_model(header, config, device)
@@ -271,10 +285,13 @@ def train(
     elif before is not None and "started_from" in before:
         extra["started_from"] = before["started_from"]
     state = TrainState(model, config)
+    if before is None:
+        folder = _made(run)
+    place = folder / STATE
     if before is not None:
         state.load(place)
         if rank == 0:
-            _forget(folder / "results.csv", state.step)
+            _forget(folder / RESULTS, state.step)
     batches = Batches(pictures, config.data, config.noise, config.loss, config.run.seed)
     objective = make_objective(config.run.compile)
     saved = None if before is None else state.step
@@ -300,7 +317,10 @@ def train(
             export("last")
 
     if rank == 0:
-        write_atomically(folder / "config.json", json.dumps(extra, indent=2).encode())
+        write_atomically(folder / CONFIG, json.dumps(extra, indent=2).encode())
+        if unread:
+            lines = [f"{u.reason}\n" for u in unread]
+            write_atomically(folder / PASSED_OVER, "".join(lines).encode(errors="backslashreplace"))
     started = time.monotonic() - state.seconds
     totals = torch.zeros(3, device=device)  # loss parts since the last report
     logged = state.step
@@ -318,9 +338,10 @@ def train(
                 totals.zero_()
                 logged = state.step
                 if rank == 0:
-                    validation = {}
+                    validation, samples = {}, None
                     if validate_now and len(held):
                         validation = validate(state, held, config)
+                        samples = take_samples(state, held, config)
                         if -validation["loss"] > state.best:
                             state.best = -validation["loss"]
                             export("best")
@@ -335,8 +356,9 @@ def train(
                         grad_norm=norm,
                         lr=learning_rate(state.step - 1, config),
                         validation=validation,
+                        samples=samples,
                     )
-                    _append(folder / "results.csv", progress, config)
+                    _append(folder / RESULTS, progress, config)
                     watch(progress)
             if _agree(should_stop() or time.monotonic() > deadline, world):
                 break
@@ -344,6 +366,22 @@ def train(
                 checkpoint()
         checkpoint()
     return Outcome(folder, state.step, state.step >= config.optim.steps)
+
+
+def _made(run: Path | Callable[[], Path]) -> Path:
+    return run if isinstance(run, Path) else run()
+
+
+def _check_processes(mine: dict[str, Any], world: int) -> None:
+    """TrainingError if the processes of the group have not read the same pictures."""
+    all_of_them: list[Any] = [None] * world
+    dist.all_gather_object(all_of_them, mine)
+    if any(other != all_of_them[0] for other in all_of_them):
+        counts = ", ".join(str(other["pictures"]) for other in all_of_them)
+        raise TrainingError(
+            f"the {world} processes read different pictures ({counts} of them): give all the same "
+            "files, readable to all"
+        )
 
 
 def _check_settings(folder: Path, settings: Sequence[str], config: TrainConfig, step: int) -> None:
@@ -457,11 +495,9 @@ def validate(state: TrainState, held: Pictures, config: TrainConfig) -> dict[str
         result["loss"] = config.loss.score * matching + config.loss.classes * entropy
 
         # Thumbnails tell classes and nothing of denoising, large pictures the reverse.
-        small = held.sizes.amin(1) < config.data.thumbnail
-        labelled = held.labels >= 0
+        labelled, small = held.labels >= 0, held.sizes.amin(1) < config.data.thumbnail
         pupils = (labelled & small if config.data.thumbnail else labelled).nonzero().flatten()
-        targets = (~small).nonzero().flatten()
-        patch = VALIDATION_PATCH if config.data.thumbnail else config.data.patch
+        targets, patch = _targets(held, config)
         lesson = config.data.class_patch if config.data.class_batch else config.data.patch
         for level in config.run.validate_sigmas:
             if model.denoises:
@@ -481,6 +517,15 @@ def validate(state: TrainState, held: Pictures, config: TrainConfig) -> dict[str
         _copy_into(model, trained)
 
 
+def _targets(held: Pictures, config: TrainConfig) -> tuple[Tensor, int]:
+    """Indices of the held-out pictures that are clean enough to denoise, and the side of their
+    crops."""
+    if not config.data.thumbnail:
+        return torch.arange(len(held), device=held.buffer.device), config.data.patch
+    large = held.sizes.amin(1) >= config.data.thumbnail
+    return large.nonzero().flatten(), VALIDATION_PATCH
+
+
 def _looked_at(
     model: Network, held: Pictures, which: Tensor, patch: int, level: float, size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -495,6 +540,32 @@ def _looked_at(
         clean = held.crops(part, corner[:, 0], corner[:, 1], torch.zeros_like(part), patch)
         denoised, logits = model(add_noise(clean, level / 255, generator), level / 255)
         yield clean, denoised, logits
+
+
+@torch.no_grad()
+def take_samples(state: TrainState, held: Pictures, config: TrainConfig) -> Samples | None:
+    """A few held-out pictures, evenly spaced, at the noise levels of validation, denoised by the
+    averaged weights. The same ones with the same noise each time. None if there is nothing to
+    denoise, or no network that does."""
+    model, levels = state.model, config.run.validate_sigmas
+    targets, patch = _targets(held, config)
+    if not model.denoises or not levels or not len(targets):
+        return None
+    device, count = held.buffer.device, min(SHOWN, len(targets))
+    which = targets[torch.arange(count, device=device) * len(targets) // count]
+    corner = (held.sizes[which] - patch) // 2
+    clean = held.crops(which, corner[:, 0], corner[:, 1], torch.zeros_like(which), patch)
+    trained = {k: p.detach().clone() for k, p in model.named_parameters()}
+    _copy_into(model, state.ema)
+    try:
+        noisy, denoised = [], []
+        for level in levels:
+            generator = torch.Generator(device).manual_seed(0)
+            noisy.append(add_noise(clean, level / 255, generator))
+            denoised.append(model(noisy[-1], level / 255)[0])
+    finally:
+        _copy_into(model, trained)
+    return Samples(clean.cpu(), torch.stack(noisy).cpu(), torch.stack(denoised).cpu(), levels)
 
 
 def _copy_into(model: Network, values: dict[str, Tensor]) -> None:
@@ -517,6 +588,16 @@ def new_run_folder(parent: Path) -> Path:
             number += 1
 
 
+def discard(folder: Path) -> None:
+    """Remove the folder of a run that ended before there was anything to keep of it."""
+    if any((folder / name).exists() for name in (RESULTS, STATE, "best")):
+        return
+    with suppress(OSError):  # whatever else is there is not ours
+        for name in (CONFIG, PASSED_OVER):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def shared_path(make: Callable[[], Path]) -> Path:
     """A path that the first process of the group makes and all others are told."""
     if not dist.is_initialized():
@@ -537,7 +618,7 @@ def _forget(path: Path, step: int) -> None:
 
 def _append(path: Path, progress: Progress, config: TrainConfig) -> None:
     """One row of results.csv; its columns are the same all through a run."""
-    row = {k: v for k, v in vars(progress).items() if k not in ("validation", "steps")}
+    row = {k: v for k, v in vars(progress).items() if k not in ("validation", "samples", "steps")}
     names = ["loss"]
     for level in config.run.validate_sigmas:
         names += [f"psnr_{level:g}", f"accuracy_{level:g}"]

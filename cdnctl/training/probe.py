@@ -17,7 +17,7 @@ from torch import Tensor
 from cdnctl.checkpoints import Header
 from cdnctl.errors import SetupError
 from cdnctl.training.config import TrainConfig
-from cdnctl.training.data import Batches, load_datasets
+from cdnctl.training.data import Batches, Unread, load_datasets
 from cdnctl.training.loop import (
     loss_and_gradients,
     make_header,
@@ -58,6 +58,7 @@ def probe(
     device: torch.device,
     max_seconds: float = 90.0,
     each: float = 2.0,
+    loaded: Callable[[Sequence[Unread]], None] = lambda unread: None,
     watch: Callable[[Trial], None] = lambda trial: None,
 ) -> list[Trial]:
     """Measure the training step in every precision, memory order, and compiled or not.
@@ -65,9 +66,11 @@ def probe(
     Each trial is compared with float32 on the same batch and weights, then timed for at least
     ``each`` seconds, data included. Compiling takes a minute or so on a GPU, therefore compiled
     ways come last, the most promising first, and none is begun after ``max_seconds``.
+    loaded: told of the picture files that cannot be read, as by `train`.
     """
     deadline = time.monotonic() + max_seconds
-    pictures, _ = load_datasets(datasets, config.data, device)
+    pictures, held = load_datasets(datasets, config.data, device)
+    loaded((*pictures.unread, *held.unread))
     batches = Batches(pictures, config.data, config.noise, config.loss, config.run.seed)
     header = make_header(config, pictures, datasets)
     precisions = ["float32", *(["tf32"] if device.type == "cuda" else []), "bfloat16"]
