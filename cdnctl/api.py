@@ -3,34 +3,85 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar, overload
 
+import numpy as np
+import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cdnctl.checkpoints import SUFFIX, Header, bundled, load_model, weights_hash
 from cdnctl.core import joint
 from cdnctl.errors import UnknownClassError, UsageError, WeightsError
 from cdnctl.models import Network
+from cdnctl.pictures import Given, Sigma
 
-ClassSpec = str | int | Mapping[str, float] | Tensor | None
+OneClass = str | int | np.integer | Mapping[str, float]
+ClassSpec = OneClass | Sequence[OneClass] | Tensor | None
+
+AnyPicture = Tensor | np.ndarray | PIL.Image.Image
+Picture = TypeVar("Picture", Tensor, np.ndarray, PIL.Image.Image)
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(nn.Module):
     """A trained joint model of noisy pictures and classes.
 
-    Pictures are float tensors (B, C, H, W) or (C, H, W) in [0, 1], sigma is a float
-    or (B,) in the same unit. ``model(y, sigma)`` denoises, which is the form that
-    plug-and-play libraries expect of a denoiser.
+    ``model(y, sigma)`` denoises, which is the form that plug-and-play libraries expect of a
+    denoiser:
+
+    >>> import cdnctl, torch
+    >>> from skimage import data
+    >>> model = cdnctl.load("photo")
+    >>> clean = torch.tensor(data.chelsea()[:128, 100:228] / 255, dtype=torch.float32)
+    >>> y = clean.permute(2, 0, 1) + 25 / 255 * torch.randn(3, 128, 128)
+    >>> x = model(y, 25 / 255)
+    >>> x.shape, x.dtype
+    (torch.Size([3, 128, 128]), torch.float32)
+
+    **Pictures** are float tensors (B, C, H, W) or (C, H, W) in [0, 1]; numpy arrays (H, W) or
+    (H, W, C) of floats in [0, 1], uint8 or uint16; or PIL pictures of modes L, RGB and I;16.
+    What comes out is of the same kind, dtype and shape; whole numbers are rounded and clipped,
+    floats are not. C may be 1: gray is denoised as the command line does it. (Gray that is
+    stored in three channels has the same noise in all three: give one of them.)
+
+    **sigma** is a number, or one per picture, (B,), in the same unit: 25/255, not 25, whatever
+    the dtype of the picture.
+
+    **Errors** are a UsageError for what is no picture or no noise level, and for the wrong
+    scale: sigma above 1, and pixels beyond 10 (1 + sigma), which no noise on [0, 1] reaches.
+
+    **Precision**: the network computes in the better of the precisions of its weights and of
+    the picture, and no worse than float32, but for the convolutions of a model in half
+    precision (``model.half()``), which are done in that. Probabilities and densities of half
+    precision pictures are float32, or they would overflow.
+
+    **Gradients** flow through everything: to y and sigma if they require grad, to the weights
+    after ``model.requires_grad_(True)``. Otherwise, and under ``torch.no_grad``, no graph is
+    kept: the weights of a loaded model do not require grad.
+
+    **Sides** that are no multiples of the network's coarsest cell are extended by mirroring, as
+    the command line does. There, ``score`` is that of the extended picture, cropped, and
+    ``log_prob`` that of the extended picture: the one is the gradient of the other for whole
+    cells only.
     """
 
-    module: Network
-    header: Header
-    path: Path
+    def __init__(self, module: Network, header: Header, path: Path):
+        super().__init__()
+        self.module = module
+        self.header = header
+        self.path = path
+        self.training = module.training
+
+    def __repr__(self) -> str:
+        weight = next(self.module.parameters())
+        count = sum(p.numel() for p in self.module.parameters())
+        return (
+            f"<cdnctl.Model {self.name!r}: {self.header.arch}, {len(self.classes)} classes, "
+            f"{count / 1e6:.2f} million parameters, {weight.dtype} on {weight.device}>"
+        )
 
     @property
     def name(self) -> str:
@@ -49,7 +100,7 @@ class Model:
 
     @cached_property
     def hash(self) -> str:
-        """Short hash of the weights, see ``checkpoints.weights_hash``."""
+        """Short hash of the weights in the file, see ``checkpoints.weights_hash``."""
         return weights_hash(self.path)
 
     @property
@@ -57,13 +108,10 @@ class Model:
         """Device of the weights."""
         return next(self.module.parameters()).device
 
-    def to(self, device: torch.device | str) -> Model:
-        """Move the weights to another device, in place as of any torch module."""
-        return Model(self.module.to(device), self.header, self.path)
-
     def weights(self, c: ClassSpec) -> Tensor | None:
         """Class weights, (K,) or as given, of a class name, an index, a mixture of names, a
-        tensor of weights, or None (the posterior). Mixtures are normalised to a sum of 1.
+        tensor of weights, or None (the posterior); of a list of them, one per picture, (B, K).
+        Mixtures are normalised to a sum of 1.
 
         UnknownClassError lists near matches and the bundled models that know the name.
         """
@@ -74,11 +122,20 @@ class Model:
             )
         if c is None or isinstance(c, Tensor):
             return c
-        if isinstance(c, int):
+        if isinstance(c, Sequence) and not isinstance(c, str):
+            rows = [self._mixture(one) for one in c]
+            return torch.stack(rows) if rows else torch.zeros(0, len(self.classes))
+        return self._mixture(c)
+
+    def _mixture(self, c: OneClass) -> Tensor:
+        """Weights (K,) of one class or mixture."""
+        if isinstance(c, int | np.integer):
             if not 0 <= c < len(self.classes):
                 raise UnknownClassError(f"class index {c} is not in 0..{len(self.classes) - 1}")
             c = self.classes[c]
         mixture = {c: 1.0} if isinstance(c, str) else c
+        if not isinstance(mixture, Mapping):
+            raise UsageError(f"a class is a name, an index or a mixture of names, not {c!r}")
         total = sum(mixture.values())
         if not mixture or min(mixture.values()) < 0 or not 0 < total < float("inf"):
             raise UsageError(f"class weights must be positive and finite, not {dict(mixture)}")
@@ -89,71 +146,135 @@ class Model:
             w[self.classes.index(name)] = value / total
         return w
 
-    def denoise(self, y: Tensor, sigma: Tensor | float, c: ClassSpec = None) -> Tensor:
-        """Posterior mean E[x | y] or, given a class, E[x | y, c]; like y, not clipped."""
+    def forward(self, y: Picture, sigma: Sigma, c: ClassSpec = None) -> Picture:
+        """``denoise``."""
+        return self.denoise(y, sigma, c)
+
+    def denoise(self, y: Picture, sigma: Sigma, c: ClassSpec = None) -> Picture:
+        """Posterior mean E[x | y] or, given a class, E[x | y, c]; like y.
+
+        c: a class name, an index, a mixture ``{"cat": 0.7, "dog": 0.3}``, a list with one of
+        these per picture, or weights (K,) or (B, K).
+        """
         self._need("denoises", "denoise")
-        with torch.no_grad():
-            return self._batched(y, lambda b: joint.denoise(self.module, b, sigma, self.weights(c)))
+        given, weights = self._given(y, sigma, c)
+        return given.picture(joint.denoise(self.module, given.y, given.sigma, weights))
 
-    def score(self, y: Tensor, sigma: Tensor | float, c: ClassSpec = None) -> Tensor:
-        """grad_y log p(y) or, given a class, grad_y log p(y, c); like y."""
+    @overload
+    def score(self, y: Tensor, sigma: Sigma, c: ClassSpec = None) -> Tensor: ...
+    @overload
+    def score(
+        self, y: np.ndarray | PIL.Image.Image, sigma: Sigma, c: ClassSpec = None
+    ) -> np.ndarray: ...
+    def score(self, y: AnyPicture, sigma: Sigma, c: ClassSpec = None) -> Tensor | np.ndarray:
+        """grad_y log p(y) or, given a class, grad_y log p(y, c), for y in [0, 1]; shaped like y.
+
+        An array for arrays and PIL pictures, of floats.
+        """
         self._need("denoises", "give a score")
-        with torch.no_grad():
-            return self._batched(y, lambda b: joint.score(self.module, b, sigma, self.weights(c)))
+        given, weights = self._given(y, sigma, c)
+        return given.samples(joint.score(self.module, given.y, given.sigma, weights))
 
-    def posterior(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+    @overload
+    def posterior(self, y: Tensor, sigma: Sigma) -> Tensor: ...
+    @overload
+    def posterior(self, y: np.ndarray | PIL.Image.Image, sigma: Sigma) -> np.ndarray: ...
+    def posterior(self, y: AnyPicture, sigma: Sigma) -> Tensor | np.ndarray:
         """p(c | y): (B, K), or (K,) for a single picture."""
         self._need("classifies", "classify")
-        with torch.no_grad():
-            return self._batched(y, lambda b: self.module.class_scores(b, sigma).softmax(1))
+        given, _ = self._given(y, sigma)
+        return given.numbers(self.module.class_scores(given.y, given.sigma).softmax(1))
 
-    def log_prob(self, y: Tensor, sigma: Tensor | float, c: ClassSpec = None) -> Tensor:
+    @overload
+    def log_prob(self, y: Tensor, sigma: Sigma, c: ClassSpec = None) -> Tensor: ...
+    @overload
+    def log_prob(
+        self, y: np.ndarray | PIL.Image.Image, sigma: Sigma, c: ClassSpec = None
+    ) -> np.ndarray: ...
+    def log_prob(self, y: AnyPicture, sigma: Sigma, c: ClassSpec = None) -> Tensor | np.ndarray:
         """log p(y) or, given a class, log p(y, c), in nats up to a constant: (B,) or a scalar.
 
         Of a mixture w of classes: log sum_c w_c p(y, c).
         """
         for ability in ("denoises", "classifies"):  # a joint density is both
             self._need(ability, "give a log-density")
-        weights = self.weights(c)
-
-        def run(batch: Tensor) -> Tensor:
-            f = self.module.log_joint(batch, sigma)
-            if weights is not None:
-                f = f + joint.per_class(weights, f).log()
-            return f.logsumexp(1)
-
-        with torch.no_grad():
-            return self._batched(y, run)
-
-    def __call__(self, y: Tensor, sigma: Tensor | float) -> Tensor:
-        """Denoise: E[x | y], like y."""
-        return self.denoise(y, sigma)
+        module = self.module
+        if not isinstance(module, joint.Joint):
+            raise UsageError(
+                f"model {self.name!r} ({self.header.arch}) has a score and class scores, "
+                "but no log-density: give a model of architecture gradresnet"
+            )
+        given, weights = self._given(y, sigma, c)
+        f = module.log_joint(given.y, given.sigma)
+        if weights is not None:
+            f = f + joint.per_class(weights, f).log()
+        return given.numbers(f.logsumexp(1))
 
     def _need(self, ability: str, verb: str) -> None:
         if not getattr(self.module, ability):
             raise UsageError(f"model {self.name!r} ({self.header.arch}) cannot {verb}")
 
-    def _batched(self, y: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply to (B, C, H, W), or to (C, H, W) as a batch of one."""
-        channels = self.module.config.channels
-        if y.ndim not in (3, 4) or y.shape[-3] != channels or not y.is_floating_point():
+    def _given(
+        self, y: AnyPicture, sigma: Sigma, c: ClassSpec = None
+    ) -> tuple[Given, Tensor | None]:
+        """What the network is given: pictures with their noise levels, and class weights."""
+        weights = self.weights(c)
+        config = self.module.config
+        weight = next(self.module.parameters())
+        given = Given(y, sigma, config.channels, config.multiple, weight)
+        if weights is not None and weights.shape[:-1] not in ((), (1,), (given.count,)):
             raise UsageError(
-                f"expected float pictures (B, {channels}, H, W), got {y.dtype} {tuple(y.shape)}"
+                f"class weights have shape {tuple(weights.shape)}, but there are "
+                f"{given.count} pictures: give one class, or one per picture"
             )
-        return run(y) if y.ndim == 4 else run(y[None])[0]
+        return given, weights
+
+
+# What people call the classes of the bundled models.
+SYNONYMS: Mapping[str, tuple[str, ...]] = {
+    "aeroplane": ("airplane", "vehicle"),
+    "animal": ("wildlife",),
+    "auto": ("automobile", "vehicle"),
+    "bicycle": ("vehicle",),
+    "boat": ("ship", "vehicle"),
+    "bus": ("vehicle",),
+    "car": ("automobile", "vehicle"),
+    "face": ("person",),
+    "fish": ("sealife",),
+    "house": ("building",),
+    "human": ("person",),
+    "kitten": ("cat",),
+    "lorry": ("truck", "vehicle"),
+    "man": ("person",),
+    "people": ("person",),
+    "plane": ("airplane", "vehicle"),
+    "puppy": ("dog",),
+    "train": ("vehicle",),
+    "van": ("vehicle",),
+    "woman": ("person",),
+}
 
 
 def unknown_class(name: str, model: Model) -> str:
     """Message for a class that a model does not know: near matches, and who knows it."""
     from cdnctl.checkpoints import read_header
 
-    near = difflib.get_close_matches(name, model.classes, n=3, cutoff=0.5)
-    others = [n for n, path in bundled().items() if name in read_header(path).classes]
+    known = {n: read_header(path).classes for n, path in bundled().items()}
+    plain = name.casefold()
+    meant = SYNONYMS.get(plain, ())
+    # Two of three letters alike, as in car and cat, are no misspelling.
+    folded = {c.casefold(): c for c in model.classes}
+    near = [c for c in meant if c in model.classes] or [
+        folded[c] for c in difflib.get_close_matches(plain, folded, n=3, cutoff=0.7)
+    ]
     message = f"model {model.name!r} does not know the class {name!r}"
     if near:
         message += f"; did you mean {' or '.join(map(repr, near))}?"
-    if others:
-        message += f"; known to: --model {' or '.join(others)}"
+    for word in (name, *meant):
+        others = [n for n, classes in known.items() if word in classes and n != model.name]
+        if others and word not in near:
+            what = "known" if word == name else f"{word!r} is known"
+            message += f"; {what} to: --model {' or '.join(others)}"
     return f"{message}; its classes: {', '.join(model.classes)}"
 
 

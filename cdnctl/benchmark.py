@@ -249,7 +249,7 @@ def _plain(folder: Path, jobs: Sequence[Job], models: Models) -> None:
         model = models.pick(*image.samples.shape[:2])
         sigma = estimate_sigma(image.samples)
         with torch.no_grad():
-            correction, _ = Field(model, image.samples, sigma).solve(lambda found: found.softmax(0))
+            correction, _ = Field(model, image.samples, sigma).solve()
         restored = images.from_unit(image.pixels + correction, image.dtype)
         images.write(image.with_samples(restored), job.output)
 

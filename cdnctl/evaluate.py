@@ -2,8 +2,9 @@
 
 Protocol: Gaussian noise from a fixed seed, one generator per picture and noise
 level (seeded by both, so that no score depends on the order or number of pictures),
-the noisy picture not clipped, the result clipped to [0, 1] but not rounded, PSNR for
-the data range [0, 1], averaged over pictures.
+the noisy picture not clipped (or, where that is asked for, clipped and rounded as in a file
+of 8 bits), the result clipped to [0, 1] but not rounded, PSNR for the data range [0, 1],
+averaged over pictures.
 
 Small pictures of one size go through the network together, in batches that are always
 filled up (see ``restore.batch_size``): so no score depends on who shares the batch, either.
@@ -29,7 +30,14 @@ from cdnctl.api import Model
 from cdnctl.batch import find_pictures
 from cdnctl.core.metrics import psnr
 from cdnctl.errors import ImageError, UsageError
-from cdnctl.restore import Field, at_class_scale, batch_size, estimate_sigma
+from cdnctl.restore import (
+    Field,
+    at_class_scale,
+    batch_size,
+    estimate_sigma,
+    moved,
+    whole_place,
+)
 
 WAITING_PIXELS = 2**22  # that wait for others of their size: some 100 MB
 
@@ -83,7 +91,8 @@ class Summary:
 def find_samples(folder: Path, noisy: Path | None, model: Model) -> list[Sample]:
     """Pictures of a flat folder, or of class folders (folder/CLASS/*, folder/val/CLASS/*).
 
-    Class folders count if the model knows their names; UsageError if it knows only some.
+    Class folders count if the model knows all of their names: an accuracy over some of the
+    classes would look better than it is.
     """
     if not folder.is_dir():
         raise UsageError(f"{str(folder)!r} is not a folder")
@@ -93,12 +102,7 @@ def find_samples(folder: Path, noisy: Path | None, model: Model) -> list[Sample]
     if not samples:
         pictures = find_pictures(folder, recursive=True)
         names = {p.relative_to(folder).parts[0] for p in pictures}
-        known = names & set(model.classes)
-        if known and known != names:
-            raise UsageError(
-                f"{str(folder)!r} has class folders that model {model.name!r} does not know: "
-                f"{', '.join(sorted(names - known))}; its classes: {', '.join(model.classes)}"
-            )
+        known = names <= set(model.classes)
         for path in pictures:
             place = path.relative_to(folder).parent
             samples.append(Sample(path, place.parts[0] if known else None, None, place.as_posix()))
@@ -173,7 +177,7 @@ class _Job:
     place: int
     sample: Sample
     clean: np.ndarray
-    noisy: np.ndarray
+    noisy: np.ndarray  # floats in [0, 1] plus noise, or whole numbers as of a file
     sigma: float
 
     @property
@@ -182,14 +186,23 @@ class _Job:
         has_noise = self.sigma > 0 or self.sample.noisy is not None
         return (*self.clean.shape, has_noise, self.sample.label is not None)
 
+    def restored(self, correction: np.ndarray) -> np.ndarray:
+        """The picture moved along its correction, (H, W, C), clipped to [0, 1]."""
+        return np.clip(moved(self.noisy, whole_place(self.noisy), correction, self.sigma), 0, 1)
+
 
 def evaluate(
-    samples: Sequence[Sample], model: Model, sigmas: Iterable[float], seed: int = 0
+    samples: Sequence[Sample],
+    model: Model,
+    sigmas: Iterable[float],
+    seed: int = 0,
+    clip: bool = False,
 ) -> Iterator[Row]:
     """Score every picture at every noise level (in [0, 1]); sample.noisy takes their place.
 
-    Rows come in the order of samples and levels. A picture that cannot be read gives a row
-    with its error, and the rest goes on.
+    clip: noisy pictures are clipped and rounded to 8 bits, as files hold them. Rows come in the
+    order of samples and levels. A picture that cannot be read gives a row with its error, and
+    the rest goes on.
     """
     levels = list(sigmas)
     places = itertools.count()
@@ -208,6 +221,8 @@ def evaluate(
                 continue
             for sigma in levels:
                 noisy = noisy_version(clean, sigma, sample.key, seed) if sigma else clean
+                if clip:
+                    noisy = images.from_unit(noisy, np.dtype(np.uint8))
                 yield _Job(next(places), sample, clean, noisy, sigma)
 
     due = 0
@@ -231,9 +246,9 @@ def read_pictures(
 
 
 def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
-    """The clean picture, and the noisy one if it is given."""
+    """The clean picture in [0, 1], and the samples of the noisy one if it is given."""
     clean = images.read(sample.clean).pixels
-    given = None if sample.noisy is None else images.read(sample.noisy).pixels
+    given = None if sample.noisy is None else images.read(sample.noisy).samples
     if given is not None and given.shape != clean.shape:
         raise ImageError(
             f"{str(sample.noisy)!r} is {given.shape}, but its clean partner {clean.shape}"
@@ -269,27 +284,27 @@ class _Batch:
             return self.field.logits()[None]
         return module.class_scores(self.y, self.seen)[: self.count].cpu()
 
-    def predicted(self, logits: Tensor | None = None) -> Tensor:
-        """The most probable class of each picture, (n,), at the scale of the training.
-        logits: class scores of the pictures as they are, if known."""
+    def predicted(self) -> Tensor:
+        """The most probable class of each picture, (n,), at the scale of the training."""
         small = [at_class_scale(field) for field in self.fields]
-        if small[0] is not self.field:
-            logits = torch.stack([field.logits() for field in small])
-        return (self.logits if logits is None else logits).argmax(1)
+        if small[0] is self.field:
+            return self.logits.argmax(1)
+        return torch.stack([field.logits() for field in small]).argmax(1)
 
-    def solve(self, weights: Tensor | None = None) -> tuple[np.ndarray, Tensor]:
-        """Corrections, (n, H, W, C), for class weights (n, K) or the posterior; class scores."""
+    def solve(self, weights: Tensor | None = None) -> np.ndarray:
+        """Corrections, (n, H, W, C), for class weights (n, K) or the posterior."""
         if self.tiled:
-            chosen = self.logits.softmax(1) if weights is None else weights
-            return self.field.correction(chosen[0])[None], self.logits
+            chosen = None if weights is None else weights[0]
+            return self.field.correction(chosen)[None]
         correction, logits = self.model.module.correction(
             self.y, self.seen, None if weights is None else self._filled(weights)
         )
         placed = [
-            field.placed(field.averaged(part[None])[0])
+            field.placed(field.accepted(part[None])[0])
             for field, part in zip(self.fields, correction, strict=False)
         ]
-        return np.stack(placed), logits[: self.count].cpu()
+        self.logits = logits[: self.count].cpu()
+        return np.stack(placed)
 
 
 @torch.no_grad()
@@ -300,11 +315,11 @@ def _score(jobs: Sequence[_Job], model: Model) -> list[Row]:
     batch = _Batch(jobs, model)
     corrections = told = predicted = None
     if model.module.denoises and has_noise:
-        corrections, logits = batch.solve()
+        corrections = batch.solve()
         if classifies:
-            predicted = batch.predicted(logits)
+            predicted = batch.predicted()
             one_hot = torch.stack([_one_hot(model, str(job.sample.label)) for job in jobs])
-            told, _ = batch.solve(one_hot)
+            told = batch.solve(one_hot)
     elif classifies:
         predicted = batch.predicted()
     rows = []
@@ -313,12 +328,12 @@ def _score(jobs: Sequence[_Job], model: Model) -> list[Row]:
         if predicted is not None:
             values["predicted"] = model.classes[int(predicted[i])]
         if corrections is not None:
-            clipped = np.clip(job.noisy + corrections[i], 0, 1)
-            values["psnr_noisy"] = picture_psnr(job.noisy, job.clean)
+            clipped = job.restored(corrections[i])
+            values["psnr_noisy"] = picture_psnr(images.to_unit(job.noisy), job.clean)
             values["psnr"] = picture_psnr(clipped, job.clean)
             values["ssim"] = ssim(clipped, job.clean)
         if told is not None:
-            values["psnr_class"] = picture_psnr(np.clip(job.noisy + told[i], 0, 1), job.clean)
+            values["psnr_class"] = picture_psnr(job.restored(told[i]), job.clean)
         rows.append(
             Row(str(job.sample.clean), job.sigma, label=job.sample.label, **values)  # type: ignore[arg-type]
         )

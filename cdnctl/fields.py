@@ -26,6 +26,21 @@ def _fits(value: Any, hint: Any) -> bool:
     )
 
 
+def _plain(hint: Any) -> str:
+    """A type in words: 'a whole number', 'a list of 2 numbers'."""
+    words = {
+        int: ("a whole number", "whole numbers"),
+        float: ("a number", "numbers"),
+        bool: ("true or false", "values that are true or false"),
+        str: ("text", "texts"),
+    }
+    if hint in words:
+        return words[hint][0]
+    inner = get_args(hint)
+    count = "" if inner[-1] is ... else f"{len(inner)} "
+    return f"a list of {count}{words[inner[0]][1]}"
+
+
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A frozen dataclass from a mapping; an unknown key or a wrong type is a ConfigError."""
     hints = get_type_hints(cls)
@@ -34,7 +49,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         if key not in known:
             raise ConfigError(f"unknown key {key!r} in {where}; known keys: {', '.join(known)}")
         if not _fits(value, hints[key]):
-            raise ConfigError(f"{where}.{key} is {value!r}, but must be of type {hints[key]}")
+            raise ConfigError(f"{where}.{key} is {value!r}, but must be {_plain(hints[key])}")
     clean = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
         return cls(**clean)

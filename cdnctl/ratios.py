@@ -21,7 +21,7 @@ from cdnctl.core.joint import per_sample
 from cdnctl.models import Network, Weights
 from cdnctl.models.baselines import UNet
 from cdnctl.models.gradresnet import GradResNet
-from cdnctl.models.trunk import MIN_SIGMA, mixture
+from cdnctl.models.trunk import MIN_SIGMA, Whole, mixture
 from cdnctl.training.config import DataConfig, TrainConfig
 from cdnctl.training.data import Batch
 from cdnctl.training.loop import loss_and_gradients, losses
@@ -59,14 +59,14 @@ class ByAutograd(GradResNet):
         y: Tensor,
         sigma: Tensor | float,
         weights: Weights = None,
-        cells: int | None = None,
+        whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As of `GradResNet`, of whole pictures; the class scores up to a constant of them all."""
         training = torch.is_grad_enabled()
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
             f = self.log_joint(leaf, sigma)
-            w = mixture(weights, f)
+            w = mixture(weights, f, whole)
             score = torch.autograd.grad(f, leaf, w, create_graph=training)[0]
         return per_sample(sigma, y).clamp_min(MIN_SIGMA).square() * score, f
 
@@ -90,7 +90,7 @@ def ratios(header: Header, pixels: int = PIXELS, rounds: int = ROUNDS) -> Iterat
     def trained(network: Network) -> Callable[[], object]:
         return lambda: loss_and_gradients(losses, network, batch, config)
 
-    denoising = {FORWARD: untracked(networks[ADJOINT].log_joint)}
+    denoising = {FORWARD: untracked(GradResNet(shape).log_joint)}
     denoising |= {way: untracked(network.correction) for way, network in networks.items()}
     training = {way: trained(network) for way, network in networks.items()}
     tasks = (

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from cdnctl import images, tiles
 from cdnctl.api import Model
+from cdnctl.core.guard import held_back
+from cdnctl.core.noise import ends, unclipped
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
-from cdnctl.models import Weights
+from cdnctl.models import Weights, Whole
 from cdnctl.runtime import available_memory
 from cdnctl.scale import Shrink
 
@@ -25,6 +28,10 @@ AUTO = "auto"
 # which need 0.6 GB themselves, stay below 2. Larger ones overlap less and take less time.
 DEFAULT_TILE = 1344
 MIN_TILE = 256
+END_WINDOW = 9  # pixels, see `core.noise.ends`
+# Side of the tile that stands for a large picture when what the class changes is measured:
+# half a second at most, where a second pass over all of it would nearly double the time.
+CLASS_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Restored:
     sigma: float  # noise level used, in [0, 1] pixel units
     sigma_seen: float  # what the network was told: more than sigma for gray pictures
     posterior: Mapping[str, float]  # p(c | picture), most probable class first
+    held: float = 0.0  # share of the pixels where the model was held back, see core.guard
+    class_change: float | None = None  # see the function of that name; None: no class was told
 
     def __repr__(self) -> str:
         best = [f"{name} {p:.1%}" for name, p in list(self.posterior.items())[:1]]
@@ -91,6 +100,7 @@ class Field:
         sigma: float,
         tile: int | None = None,
         watch: Callable[[float], None] = lambda share: None,
+        logits: Tensor | None = None,  # class scores of the whole picture, if they are known
     ):
         config = model.module.config
         self.model = model
@@ -105,7 +115,9 @@ class Field:
         side = max(height, width) if config.whole else (tile or DEFAULT_TILE)
         self.tiles = tiles.plan(height, width, side, config.margin, config.multiple)
         self.cells = height * width // config.multiple**2
-        self._watch, self._seen = watch, 0
+        self._watch, self._seen, self._passes = watch, 0, 1
+        self._logits = logits
+        self._held = self._covered = 0  # pixels of tiles: held back, and all
 
     @property
     def area(self) -> int:
@@ -125,29 +137,49 @@ class Field:
                 block = block[part] if axis == 0 else block[:, part]
         return torch.from_numpy(np.ascontiguousarray(images.to_unit(block).transpose(2, 0, 1)))
 
+    @torch.no_grad()
     def logits(self) -> Tensor:
         """Class scores of the whole picture, (K,)."""
         module = self.model.module
         if not module.classifies:
             return torch.zeros(module.num_classes)
-        mean = tiles.mean_of_cells(
-            self._counted(lambda y: module.class_features(self.repeated(y), self.seen)),
-            self.read,
-            self.tiles,
-            self.model.device,
-            module.config.multiple,
-        )
-        weight = module.head.linear.weight
-        scores: Tensor = module.head.linear(mean.to(weight)).cpu()
-        return scores
+        if self._logits is None:
+            self._passes = 2 if len(self.tiles) > 1 else 1  # this one, and that of the pixels
+            mean = tiles.mean_of_cells(
+                self._counted(lambda y: module.class_features(self.repeated(y), self.seen)),
+                self.read,
+                self.tiles,
+                self.model.device,
+                module.config.multiple,
+            )
+            weight = module.head.linear.weight
+            self._logits = module.head.linear(mean.to(weight)).cpu()
+        return self._logits
+
+    def whole(self, weights: Weights) -> Whole | None:
+        """What the network must know of the picture to work on a tile of it."""
+        if len(self.tiles) == 1 or (weights is None and not self.model.module.mixes):
+            return None
+        return Whole(self.cells, self.logits().softmax(0).to(self.model.device))
 
     def repeated(self, y: Tensor) -> Tensor:
         """(B, C, h, w) of the picture with the network's number of channels."""
         return y.repeat(1, self.repeat, 1, 1)
 
-    def averaged(self, correction: Tensor) -> Tensor:
-        """(B, C, h, w) from the network with the picture's number of channels."""
-        return correction.mean(1, keepdim=True) if self.repeat > 1 else correction
+    def accepted(self, correction: Tensor) -> Tensor:
+        """(B, C, h, w) from the network with the picture's number of channels, within what
+        sigma allows."""
+        if self.repeat > 1:
+            correction = correction.mean(1, keepdim=True)
+        correction, factor = held_back(correction, self.sigma, _sample_step(self.pixels.dtype))
+        self._held += int((factor < 1).sum())
+        self._covered += factor.numel()
+        return correction
+
+    @property
+    def held(self) -> float:
+        """Share of the pixels where corrections were more than sigma allows, until now."""
+        return self._held / max(1, self._covered)
 
     def placed(self, values: Tensor) -> np.ndarray:
         """(C, h, w) as (h, w, C) with the channels that the picture is stored with, and without
@@ -160,9 +192,9 @@ class Field:
         if isinstance(weights, Tensor):
             weights = weights.to(y.device)
         correction, _ = self.model.module.correction(
-            self.repeated(y), self.seen, weights, self.cells
+            self.repeated(y), self.seen, weights, self.whole(weights)
         )
-        return self.averaged(correction)
+        return self.accepted(correction)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Iterator[tuple[tiles.Box, np.ndarray]]:
         """Apply a function of tiles, (B, C, h, w) to the same: places in the picture, and the
@@ -182,26 +214,32 @@ class Field:
         return result
 
     def stream(
-        self, choose: Callable[[Tensor], Tensor]
+        self, choose: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Iterator[tuple[tiles.Box, np.ndarray]], Callable[[], Tensor]]:
         """Correction, place by place as from `each`, for the class weights that ``choose``
-        makes of the class scores, (K,) to (K,); and the scores, there with the first place.
+        makes of the class scores, (K,) to (K,), or for the posterior; and the scores, to be
+        had when the places are done.
 
         A picture of one tile takes a single pass.
         """
-        seen: list[Tensor] = []
         if len(self.tiles) > 1:
-            seen.append(self.logits())
-            weights: Weights = choose(seen[0])
-        else:
+            weights = None if choose is None else choose(self.logits())
+            return self.each(lambda y: self.correct(y, weights)), self.logits
 
-            def weights(logits: Tensor) -> Tensor:
-                seen.append(logits[0].cpu())
-                return choose(seen[0]).to(logits.device)
+        def correct(y: Tensor) -> Tensor:
+            def chosen(logits: Tensor) -> Tensor:
+                assert choose is not None
+                return choose(logits[0].cpu()).to(logits.device)
 
-        return self.each(lambda y: self.correct(y, weights)), lambda: seen[0]
+            correction, logits = self.model.module.correction(
+                self.repeated(y), self.seen, None if choose is None else chosen
+            )
+            self._logits = logits[0].cpu()
+            return self.accepted(correction)
 
-    def solve(self, choose: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, Tensor]:
+        return self.each(correct), self.logits
+
+    def solve(self, choose: Callable[[Tensor], Tensor] | None = None) -> tuple[np.ndarray, Tensor]:
         """What `stream` gives, at once: the correction, (H, W, C), and the class scores."""
         result = np.empty((self.height, self.width, self.channels), np.float32)
         places, scores = self.stream(choose)
@@ -209,19 +247,17 @@ class Field:
             result[place] = values
         return result, scores()
 
-    def correction(self, weights: Tensor) -> np.ndarray:
-        """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C)."""
+    def correction(self, weights: Tensor | None = None) -> np.ndarray:
+        """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C); without weights, of the posterior."""
         return self.over_tiles(lambda y: self.correct(y, weights))
 
     def _counted(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The function, with the share of the work that is done told to who watches."""
-        # Pictures of several tiles take a pass for the class scores before that of the pixels.
-        passes = 2 if len(self.tiles) > 1 and self.model.module.classifies else 1
 
         def run(y: Tensor) -> Tensor:
             out = function(y)
             self._seen += len(y)
-            self._watch(min(1.0, self._seen / (passes * len(self.tiles))))
+            self._watch(min(1.0, self._seen / (self._passes * len(self.tiles))))
             return out
 
         return run
@@ -273,7 +309,7 @@ def _sample(pixels: np.ndarray, side: int = 256, count: int = 8) -> np.ndarray:
     return pixels
 
 
-def class_weights(model: Model, logits: Tensor, settings: Settings) -> Tensor:
+def class_weights(model: Model, settings: Settings, logits: Tensor) -> Tensor:
     """Weights w with D_w = D + guidance (D_target - D), (K,): the whole choice of classes
     is one mixture, because D = sum_c p(c | y) D_c."""
     p = logits.softmax(0)
@@ -301,9 +337,9 @@ def at_class_scale(field: Field, tile: int | None = None) -> Field:
 
 def choose_class(field: Field, settings: Settings) -> tuple[Settings, Tensor | None]:
     """Settings with the most probable class in the place of "auto", and the class scores that
-    say so; the settings as they are, and None, if a pass over the field itself gives those."""
+    say so; the settings as they are, and None, if those come with the field's correction."""
     small = at_class_scale(field)
-    if small is field or not field.model.module.classifies:
+    if not field.model.module.classifies or (small is field and len(field.tiles) == 1):
         return settings, None
     logits = small.logits()
     if settings.target == AUTO:
@@ -373,6 +409,20 @@ def batch_size(height: int, width: int) -> int:
     return max(1, min(32, 2**16 // (height * width)))
 
 
+def _is_bilevel(samples: np.ndarray) -> bool:
+    """Whether whole numbers are all black or white: no noise can be told from that."""
+    if samples.dtype.kind != "u":
+        return False
+    white = np.iinfo(samples.dtype).max
+    blocks = (samples[row : row + 64] for row in range(0, len(samples), 64))
+    return all(((b == 0) | (b == white)).all() for b in blocks)
+
+
+def _left_alone(image: Image) -> Restored:
+    note = "every sample is black or white: left as it is"
+    return Restored(replace(image, notes=(*image.notes, note)), 0.0, 0.0, {})
+
+
 @torch.no_grad()
 def restore(
     image: Image,
@@ -385,9 +435,11 @@ def restore(
     watch: told the share of the work that is done, now and then. ImageError if memory
     does not suffice; without a ``settings.tile`` smaller tiles are tried first.
     """
-    _need_denoiser(model)
+    _check_model(model, settings)
     if batch_size(*image.samples.shape[:2]) > 1:
         return restore_batch([image], model, settings)[0]
+    if _is_bilevel(image.samples):
+        return _left_alone(image)
     sigma = estimate_sigma(image.samples, image.alpha) if settings.sigma is None else settings.sigma
     tile = settings.tile or default_tile(model, settings.memory)
     field = Field(model, image.samples, sigma, tile, watch)
@@ -401,7 +453,7 @@ def restore(
         try:
             with memory_errors(field):
                 settings, shrunk = choose_class(field, settings)
-                samples, logits = _blend(image, field, settings)
+                samples = _blend(image, field, settings)
             break
         except OutOfMemory:
             if settings.tile:
@@ -410,32 +462,120 @@ def restore(
             if smaller.area == field.area:
                 raise
             field = smaller
-    posterior = ranked(model, logits if shrunk is None else shrunk)
-    return Restored(image.with_samples(samples), sigma, field.seen, posterior)
+    held, change = field.held, None
+    found = ranked(model, field.logits() if shrunk is None else shrunk)
+    if settings.target is not None:
+        logits = field.logits()
+        if field.area > CLASS_TILE**2:
+            field = Field(model, image.samples, sigma, CLASS_TILE, logits=logits)
+        with memory_errors(field):
+            change = class_change(field, logits, settings)
+    return Restored(image.with_samples(samples), sigma, field.seen, found, held, change)
 
 
-def _blend(image: Image, field: Field, settings: Settings) -> tuple[np.ndarray, Tensor]:
-    """Samples of the restored picture, and the class scores."""
-    places, scores = field.stream(lambda found: class_weights(field.model, found, settings))
+def class_change(field: Field, logits: Tensor, settings: Settings) -> float:
+    """Root mean square, in [0, 1] pixel units, of what the told class changes in a restored
+    picture before it is clipped and rounded: strength guidance (D_target - D).
+
+    Of a field of several tiles that in the one in the middle. logits: of the whole picture, (K,).
+    """
+    shift = _class_shift(field.model, logits, settings)
+    middle = next(
+        tile
+        for tile in field.tiles
+        if tile.place[0].stop > field.height // 2 and tile.place[1].stop > field.width // 2
+    )
+    results = tiles.run(lambda y: field.correct(y, shift), field.read, [middle], field.model.device)
+    ((rows, columns), change), *_ = results
+    inside = change[:, : field.height - rows.start, : field.width - columns.start]
+    return settings.strength * _rms(inside)
+
+
+def _class_shift(model: Model, logits: Tensor, settings: Settings) -> Tensor:
+    """Weights, (K,), of what the told class changes. The correction is linear in the weights:
+    with these, which sum to zero, one pass gives the difference of two."""
+    return class_weights(model, settings, logits) - logits.softmax(0)
+
+
+def _rms(values: Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
+
+
+def _blend(image: Image, field: Field, settings: Settings) -> np.ndarray:
+    """Samples of the restored picture."""
+    choose = partial(class_weights, field.model, settings) if settings.target else None
+    places, _ = field.stream(choose)
     result = np.empty_like(image.samples)
     for place, correction in places:
-        result[place] = _step(image.samples[place], correction, settings)
-    return result, scores()
+        result[place] = _step(image.samples, place, correction, field.sigma, settings.strength)
+    return result
 
 
-def _step(samples: np.ndarray, correction: np.ndarray, settings: Settings) -> np.ndarray:
-    """Samples (h, w, C) moved along their correction, in [0, 1] pixel units, in their dtype."""
-    if settings.strength == 0:
-        return samples
+def moved(
+    samples: np.ndarray,
+    place: tiles.Box,
+    correction: np.ndarray,
+    sigma: float,
+    strength: float = 1.0,
+) -> np.ndarray:
+    """A place of samples (H, W, C) of any dtype, moved along its correction (h, w, C) as far as
+    ``strength`` says: float32 in [0, 1] pixel units, not clipped.
+
+    Whole numbers hold clipped noise, whose effect on blacks and whites is undone.
+    """
     if not np.isfinite(correction).all():
         raise ImageError("the network gave numbers that are not finite; check --sigma and --model")
-    pixels = images.to_unit(samples) + np.float32(settings.strength) * correction
-    return images.from_unit(pixels, samples.dtype)
+    y = images.to_unit(samples[place])
+    x = y + correction
+    if samples.dtype.kind == "u" and sigma > 0:
+        # A place of a picture is treated as the picture is: its surroundings are looked at.
+        around, inside = _with_halo(place, samples.shape[:2])
+        low, high = ends(images.to_unit(samples[around]), END_WINDOW)
+        step = _sample_step(samples.dtype)
+        # What was held back altogether is no mean of anything.
+        changed = (correction != 0).any(-1, keepdims=True)
+        x = np.where(changed, unclipped(x, sigma, (low[inside], high[inside]), step), y)
+    return y + np.float32(strength) * (x - y)
 
 
-def _need_denoiser(model: Model) -> None:
+def _step(
+    samples: np.ndarray, place: tiles.Box, correction: np.ndarray, sigma: float, strength: float
+) -> np.ndarray:
+    """What `moved` gives, in the dtype of the samples."""
+    if strength == 0:
+        return samples[place]
+    return images.from_unit(moved(samples, place, correction, sigma, strength), samples.dtype)
+
+
+def _sample_step(dtype: np.dtype) -> float:
+    """The distance of two values that a sample can have, in [0, 1] pixel units."""
+    return 1 / float(np.iinfo(dtype).max) if dtype.kind == "u" else 0.0
+
+
+def whole_place(samples: np.ndarray) -> tiles.Box:
+    """The place that is the whole of (H, W, C)."""
+    return slice(0, samples.shape[0]), slice(0, samples.shape[1])
+
+
+def _with_halo(place: tiles.Box, size: tuple[int, ...]) -> tuple[tiles.Box, tiles.Box]:
+    """A place with what `ends` looks at around it, and the place within that."""
+    halo = END_WINDOW // 2
+    around, inside = [], []
+    for part, length in zip(place, size, strict=True):
+        start, stop = max(0, part.start - halo), min(length, part.stop + halo)
+        around.append(slice(start, stop))
+        inside.append(slice(part.start - start, part.stop - start))
+    return (around[0], around[1]), (inside[0], inside[1])
+
+
+def _check_model(model: Model, settings: Settings) -> None:
+    """UsageError for what the model cannot do."""
     if not model.module.denoises:
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot denoise")
+    if settings.target is not None and not model.module.classifies:
+        raise UsageError(
+            f"model {model.name!r} ({model.header.arch}) knows no classes: leave --class out"
+        )
 
 
 @torch.no_grad()
@@ -449,7 +589,7 @@ def restore_batch(
 
     At most `batch_size` of them. sigmas: noise levels to use instead of that of the settings.
     """
-    _need_denoiser(model)
+    _check_model(model, settings)
     if sigmas is None:
         given = settings.sigma
         sigmas = [estimate_sigma(p.samples, p.alpha) if given is None else given for p in pictures]
@@ -461,33 +601,54 @@ def restore_batch(
     seen = torch.ones(count)
     for i, field in enumerate(fields):
         y[i], seen[i] = field.repeated(field.read(box)[None])[0], field.seen
-    found: list[Tensor] = []
 
     def weights(logits: Tensor) -> Tensor:
-        found.extend(logits.cpu())
         chosen = [
-            class_weights(model, scores, choice)
-            for scores, (choice, _) in zip(found, choices, strict=True)
+            class_weights(model, choice, scores)
+            for scores, (choice, _) in zip(logits.cpu(), choices, strict=True)
         ]
         return torch.stack(chosen).to(logits.device)
 
     with memory_errors(first):
         choices = [choose_class(field, settings) for field in fields]
         choices += [(settings, None)] * (count - len(fields))  # for what fills the batch up
-        correction, _ = model.module.correction(y.to(model.device), seen.to(model.device), weights)
+        correction, found = model.module.correction(
+            y.to(model.device), seen.to(model.device), weights if settings.target else None
+        )
+    found = found.cpu()
     steps = [
-        field.placed(field.averaged(part[None])[0])
+        field.placed(field.accepted(part[None])[0])
         for field, part in zip(fields, correction, strict=False)
     ]
+    held = [field.held for field in fields]
+    changes: list[float | None] = [None] * len(fields)
+    if settings.target is not None:
+        shifts = torch.stack(
+            [_class_shift(model, scores, c) for scores, (c, _) in zip(found, choices, strict=True)]
+        )
+        with memory_errors(first):
+            shifted, _ = model.module.correction(
+                y.to(model.device), seen.to(model.device), shifts.to(model.device)
+            )
+        changes = [
+            settings.strength * _rms(field.accepted(part[None])[..., : first.height, : first.width])
+            for field, part in zip(fields, shifted.cpu(), strict=False)
+        ]
+    everything = whole_place(first.pixels)
     return [
-        Restored(
-            picture.with_samples(_step(picture.samples, step, settings)),
+        _left_alone(picture)
+        if _is_bilevel(picture.samples)
+        else Restored(
+            picture.with_samples(
+                _step(picture.samples, everything, step, sigma, settings.strength)
+            ),
             sigma,
             field.seen,
             ranked(model, scores if shrunk is None else shrunk),
+            *end,
         )
-        for picture, sigma, field, step, scores, (_, shrunk) in zip(
-            pictures, sigmas, fields, steps, found, choices, strict=False
+        for picture, sigma, field, step, scores, (_, shrunk), *end in zip(
+            pictures, sigmas, fields, steps, found, choices, held, changes, strict=False
         )
     ]
 

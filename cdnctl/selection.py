@@ -10,7 +10,7 @@ import torch
 
 from cdnctl.api import Model, load
 from cdnctl.checkpoints import Header, bundled, read_header
-from cdnctl.errors import UnknownClassError, WeightsError
+from cdnctl.errors import WeightsError
 
 AUTO = "auto"
 SMALL = 40  # pictures with no side longer than this are taken for small ones
@@ -20,8 +20,9 @@ class Models:
     """Loads models when they are first needed, and picks one for a picture.
 
     name: a bundled model, a weights file, or "auto": the small-picture model for
-    pictures of up to 40 pixels a side, the photo model otherwise, but one that
-    knows all of ``classes`` if the first choice does not.
+    pictures of up to 40 pixels a side, the photo model otherwise. A small picture
+    goes to the photo model, too, where the other is missing or does not know all of
+    ``classes``. A photograph never goes to the small-picture model, which damages it.
     """
 
     def __init__(self, name: str, device: torch.device, classes: Iterable[str] = ()):
@@ -29,7 +30,10 @@ class Models:
         self.classes = set(classes)
         self._loaded: dict[str | Path, Model] = {}
         if name != AUTO:
-            self.pick(1, 1).weights(dict.fromkeys(self.classes, 1.0) or None)
+            self._knowing(name)
+        elif self._headers and not any(map(self._knows, self._headers)):
+            # No picture can be done: better said now than when the first one comes.
+            self._knowing(max(self._headers, key=lambda n: self._headers[n].patch))
 
     @cached_property
     def _headers(self) -> dict[str, Header]:
@@ -44,14 +48,18 @@ class Models:
             raise WeightsError(
                 "no bundled weights were found: give --model FILE, or install cdnctl again"
             )
-        small = max(height, width) <= SMALL
-        order = sorted(headers, key=lambda n: headers[n].patch, reverse=not small)
-        knowing = [n for n in order if self.classes <= set(headers[n].classes)]
-        if not knowing:
-            first = self._load(order[0])
-            first.weights(dict.fromkeys(sorted(self.classes), 1.0))  # says which class it is
-            raise UnknownClassError(f"no bundled model knows all of {sorted(self.classes)}")
-        return self._load(knowing[0])
+        if max(height, width) <= SMALL:
+            order = sorted(headers, key=lambda n: headers[n].patch)
+        else:
+            order = [n for n in headers if headers[n].patch > SMALL]
+            order.sort(key=lambda n: headers[n].patch, reverse=True)
+        if not order:
+            raise WeightsError(
+                f"the bundled model for photographs, 'photo', was not found, and "
+                f"{' and '.join(map(repr, headers))} is for pictures of up to {SMALL} pixels a "
+                f"side: install cdnctl again, or give --model (this picture: {width} x {height})"
+            )
+        return self._knowing(next(filter(self._knows, order), order[0]))
 
     def hash_of(self, name: str) -> str | None:
         """Hash of the weights of a model that `pick` may give, by its own name; else None."""
@@ -59,6 +67,15 @@ class Models:
             model = self._load(self.name)
             return model.hash if model.name == name else None
         return self._load(name).hash if name in self._headers else None
+
+    def _knows(self, name: str) -> bool:
+        return self.classes <= set(self._headers[name].classes)
+
+    def _knowing(self, name: str) -> Model:
+        """A model; UnknownClassError if it does not know all of the classes."""
+        model = self._load(name)
+        model.weights(dict.fromkeys(sorted(self.classes), 1.0) or None)
+        return model
 
     def _load(self, name: str) -> Model:
         if name not in self._loaded:

@@ -37,6 +37,16 @@ def reflected(start: int, stop: int, size: int) -> np.ndarray:
     return np.minimum(index, 2 * size - 1 - index)
 
 
+def mirrored(y: Tensor, multiple: int) -> Tensor:
+    """(B, C, H, W) with sides mirrored at their ends up to multiples of ``multiple``."""
+    for axis in (2, 3):
+        size = y.shape[axis]
+        if size % multiple:
+            index = torch.from_numpy(reflected(0, size + -size % multiple, size))
+            y = y.index_select(axis, index.to(y.device))
+    return y
+
+
 def plan(height: int, width: int, tile: int, margin: int, multiple: int) -> list[Tile]:
     """Tiles that cover a picture, all of one size (the last of a row or column overlaps more).
 

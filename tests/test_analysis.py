@@ -10,12 +10,13 @@ import torch
 from tiny import CLASSES, noisy_picture, tiny
 from torch import Tensor
 
-from cdnctl.analysis.evidence import evidence, overlay
-from cdnctl.analysis.uncertainty import posterior_std, uncertainty
+from cdnctl.analysis.evidence import drawn as evidence_drawn
+from cdnctl.analysis.evidence import evidence
+from cdnctl.analysis.uncertainty import drawn, posterior_std, uncertainty
 from cdnctl.api import Model
 from cdnctl.errors import UnknownClassError, UsageError
 from cdnctl.images import Image
-from cdnctl.restore import Settings
+from cdnctl.restore import Settings, classify, restore
 
 SIGMA = 0.2
 
@@ -34,49 +35,136 @@ def test_evidence_is_the_gradient_of_the_log_posterior(model: Model) -> None:
         leaf = torch.from_numpy(y.transpose(2, 0, 1).copy())[None].requires_grad_()
         log_p = model.module.log_joint(leaf, SIGMA).log_softmax(1)[0, c]
         (gradient,) = torch.autograd.grad(log_p, leaf)
-        expected = SIGMA**2 * gradient[0].permute(1, 2, 0).numpy()
-        assert np.abs(expected).max() > 1e-3
-        found = evidence(model, y, SIGMA, name)
+        expected = gradient[0].permute(1, 2, 0).numpy()
+        assert np.abs(expected).max() > 1e-2
+        found = evidence(model, y, SIGMA, name, draws=0)
         assert found.label == name
         np.testing.assert_allclose(found.gradient, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_following_the_evidence_makes_a_class_more_probable(model: Model) -> None:
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sigma", [0.0, SIGMA])
+def test_evidence_of_large_pictures_is_the_gradient_of_what_classify_says(
+    tmp_path: Path, channels: int, sigma: float
+) -> None:
+    """Of the smaller copy, by finite differences; in one channel if the picture is gray."""
+    small = tiny(tmp_path, patch=16)
+    y = noisy_picture(48, 72, channels)
+    found = evidence(small, y, sigma, "dog", draws=0)
+    assert found.gradient.shape == (16, 24, channels) and found.support.shape == (16, 24)
+    direction = np.random.default_rng(0).standard_normal(found.gradient.shape).astype(np.float32)
+    large = np.kron(direction, np.ones((3, 3, 1), np.float32))
+    step = 1e-3
+    up, down = (
+        np.log(classify(Image.of(y + t * large, np.float32), small, sigma).posterior["dog"])
+        for t in (step, -step)
+    )
+    expected = (up - down) / (2 * step)
+    assert (found.gradient * direction).sum() == pytest.approx(expected, rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize("draws", [0, 8])
+def test_following_the_evidence_makes_a_class_more_probable(model: Model, draws: int) -> None:
     y = noisy_picture()
     for name in CLASSES:
-        found = evidence(model, y, SIGMA, name)
-        assert (
-            evidence(model, y + 0.1 * found.gradient, SIGMA).posterior[name]
-            > (found.posterior[name])
-        )
+        found = evidence(model, y, SIGMA, name, draws)
+        moved = evidence(model, y + 0.004 * found.gradient, SIGMA, draws=0)
+        assert moved.posterior[name] > found.posterior[name]
 
 
 def test_evidence_balances_over_the_classes(model: Model) -> None:
     """D = sum_c p(c | y) D_c, so what speaks for one speaks against the others."""
-    maps = {name: evidence(model, noisy_picture(), SIGMA, name) for name in CLASSES}
+    maps = {name: evidence(model, noisy_picture(), SIGMA, name, draws=0) for name in CLASSES}
     total = sum(e.posterior[name] * e.gradient for name, e in maps.items())
     largest = max(np.abs(e.gradient).max() for e in maps.values())
     assert np.abs(total).max() < 1e-5 * largest
 
 
 def test_evidence_of_the_most_probable_class(model: Model) -> None:
-    found = evidence(model, noisy_picture(), SIGMA)
+    found = evidence(model, noisy_picture(), SIGMA, draws=1)
     assert found.label == max(found.posterior, key=found.posterior.__getitem__)
     assert list(found.posterior.values()) == sorted(found.posterior.values(), reverse=True)
+    classified = classify(Image.of(noisy_picture(), np.float32), model, SIGMA)
+    assert found.posterior == pytest.approx(classified.posterior, abs=1e-6)
 
 
 def test_support_is_the_gradient_along_the_pictures_deviation(model: Model) -> None:
     y = noisy_picture()
-    found = evidence(model, y, SIGMA, "dog")
     denoised = model.denoise(torch.from_numpy(y.transpose(2, 0, 1).copy()), SIGMA)
     shown = denoised - denoised.mean((1, 2), keepdim=True)
-    expected = (found.gradient * shown.permute(1, 2, 0).numpy()).sum(2)
-    np.testing.assert_allclose(found.support, expected, atol=1e-6)
+    for draws in (0, 3):
+        found = evidence(model, y, SIGMA, "dog", draws)
+        expected = (found.gradient * shown.permute(1, 2, 0).numpy()).sum(2)
+        np.testing.assert_allclose(found.support, expected, atol=1e-6)
 
 
-def test_evidence_of_gray_pictures(model: Model) -> None:
-    found = evidence(model, noisy_picture(channels=1), SIGMA)
-    assert found.gradient.shape == (48, 64, 1) and found.support.shape == (48, 64)
+def test_evidence_of_gray_pictures_however_they_are_stored(model: Model) -> None:
+    y = noisy_picture(channels=1)
+    gray, rgb = (evidence(model, pixels, SIGMA, "dog", 2) for pixels in (y, y.repeat(3, -1)))
+    assert gray.gradient.shape == (48, 64, 1) and gray.support.shape == (48, 64)
+    np.testing.assert_array_equal(gray.gradient, rgb.gradient)
+    np.testing.assert_array_equal(gray.support, rgb.support)
+
+
+def test_shifts_average_the_grid_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a flat picture nothing but the grid of the network's cells is seen."""
+    monkeypatch.setattr("cdnctl.analysis.evidence.SMOOTHING_SIGMA", 0.0)
+    flat = np.full((48, 64, 3), 0.7, np.float32)
+    inside = (slice(16, -16), slice(16, -16))
+    spreads = [
+        evidence(model, flat, SIGMA, "dog", draws).gradient[inside].std((0, 1)).max()
+        for draws in (0, 32)
+    ]
+    assert spreads[1] < 0.25 * spreads[0]
+
+
+def test_draws_average_the_noise_out(model: Model) -> None:
+    """Averages of more draws lie nearer to each other, and are repeated by their seed."""
+    apart = []
+    for draws in (2, 32):
+        a, b, again = (
+            evidence(model, noisy_picture(), SIGMA, "dog", draws, seed).gradient
+            for seed in (0, 1, 0)
+        )
+        np.testing.assert_array_equal(a, again)
+        apart.append(np.square(a - b).mean())
+    assert 0 < apart[1] < 0.2 * apart[0]
+
+
+def test_smoothing_stays_within_the_noise_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as the picture's own noise does: 0.4 is what the model has seen."""
+    model = tiny(tmp_path)
+    told: list[float] = []
+    correct = type(model.module).correction
+
+    def watched(self: object, y: Tensor, sigma: float, *args: object) -> object:
+        told.append(sigma)
+        return correct(self, y, sigma, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(model.module), "correction", watched)
+    monkeypatch.setattr("cdnctl.analysis.evidence.SMOOTHING_SIGMA", 0.3)
+    for channels in (1, 3):
+        for sigma in (0.0, 0.2, 0.39, 0.5):
+            told.clear()
+            evidence(model, noisy_picture(20, 24, channels), sigma, draws=2)
+            own = sigma * (3**0.5 if channels == 1 else 1)
+            assert own <= told[-1] <= max(0.4, own) * 1.0001
+            assert told[-1] > own or own >= 0.4
+
+
+def test_heat_keeps_the_sum_and_does_not_depend_on_size(model: Model) -> None:
+    found = evidence(model, noisy_picture(), SIGMA, "dog", draws=2)
+    for size in ((48, 64), (96, 128), (480, 640), (24, 32)):
+        heat = found.heat(*size)
+        assert heat.shape == size and heat.dtype == np.float32
+        assert 100 * heat.mean() == pytest.approx(found.support.sum(), rel=0.02, abs=1e-3)
+    fine, coarse = found.heat(480, 640), found.heat(48, 64)
+    np.testing.assert_allclose(
+        fine.reshape(48, 10, 64, 10).mean((1, 3)), coarse, atol=0.1 * np.abs(coarse).max()
+    )
+    assert np.abs(np.diff(coarse)).max() < np.abs(np.diff(found.support * 30.72)).max()
 
 
 def test_evidence_needs_a_joint_density_and_a_known_class(tmp_path: Path, model: Model) -> None:
@@ -87,25 +175,15 @@ def test_evidence_needs_a_joint_density_and_a_known_class(tmp_path: Path, model:
         evidence(model, noisy_picture(), SIGMA, "zebra")
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 50), (20, 24)])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("scale", [0.0, 1e-12, 1.0, 1e6])
-def test_overlay(channels: int, scale: float) -> None:
-    pixels = noisy_picture(channels=channels, sigma=1.0)  # reaches far out of [0, 1]
-    support = scale * np.random.default_rng(0).standard_normal(pixels.shape[:2])
-    support[:, :20] = 0
-    shown = overlay(pixels, support)
-    assert shown.shape == (48, 64, 3) and 0 <= shown.min() <= shown.max() <= 1
-    red, green, blue = np.moveaxis(shown, 2, 0)
-    np.testing.assert_array_equal(red[support == 0], blue[support == 0])
-    np.testing.assert_array_equal(red[support == 0], green[support == 0])
-    assert (red[support > 0] > blue[support > 0]).all()
-    assert (red[support < 0] < blue[support < 0]).all()
-
-
-def test_overlay_shows_the_picture_where_nothing_speaks() -> None:
-    pixels = np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64, 1)
-    shown = overlay(pixels, np.zeros((48, 64)))
-    assert (np.diff(shown[..., 0].ravel()) > 0).all(), "in the order of its brightness"
+def test_evidence_of_any_size_is_drawn(model: Model, size: tuple[int, int], channels: int) -> None:
+    y = noisy_picture(*size, channels)
+    for sigma in (0.0, SIGMA):
+        found = evidence(model, y, sigma, draws=2)
+        assert np.isfinite(found.heat(*size)).all()
+        sheet = evidence_drawn(Image.of(y), found).samples
+        assert sheet.dtype == np.uint8 and sheet.shape[2] == 3 and min(sheet.shape[:2]) > 50
 
 
 # -- uncertainty ----------------------------------------------------------------------------
@@ -177,7 +255,10 @@ def test_randomness_is_an_argument_and_the_input_is_left_alone() -> None:
 def test_whole_pictures(tmp_path: Path, channels: int, size: tuple[int, int]) -> None:
     """An exact Gaussian model: sigma sqrt(a) everywhere, over tiles and their seams too."""
     exact = tiny(tmp_path, gaussian=True)
-    y = noisy_picture(*size, channels)
+    # A picture of the model's own kind: it goes no further than its noise level allows.
+    spread = (0.25**2 + SIGMA**2) ** 0.5
+    y = 0.5 + spread * np.random.default_rng(0).standard_normal((*size, channels), np.float32)
+    y = y.astype(np.float32)
     std, sigma = posterior_std(Image.of(y, np.float32), exact, Settings(SIGMA, tile=70), probes=2)
     seen = SIGMA * (3**0.5 if channels == 1 else 1)
     a = 0.25**2 / (0.25**2 + seen**2)
@@ -193,3 +274,24 @@ def test_whole_pictures_repeat_and_follow_the_class(model: Model) -> None:
     np.testing.assert_array_equal(first, again)
     assert np.isfinite(first).all() and (first >= 0).all()
     assert np.abs(first - other).max() > 1e-4
+
+
+def test_the_most_probable_class_is_that_of_the_small_picture(tmp_path: Path) -> None:
+    """As in denoising: both are of the same picture."""
+    model = tiny(tmp_path, patch=8)
+    y = Image.of(noisy_picture(32, 40), np.float32)
+    best = next(iter(restore(y, model, Settings(SIGMA, target="auto")).posterior))
+    auto, _ = posterior_std(y, model, Settings(SIGMA, target="auto"), probes=2)
+    for name in CLASSES:
+        told, _ = posterior_std(y, model, Settings(SIGMA, target={name: 1.0}), probes=2)
+        assert np.array_equal(auto, told) == (name == best)
+
+
+def test_what_is_uncertain_is_drawn_bright() -> None:
+    std = np.full((480, 600), 2 / 255, np.float32)
+    std[:, 300:] = 8 / 255
+    for values, expected in ((std, True), (np.zeros((480, 600)), False)):
+        sheet = drawn(values, 25 / 255).samples.astype(int)
+        left, right = sheet[:480, 20:280].sum(-1), sheet[:480, 320:580].sum(-1)
+        assert (right.min() > left.max()) == expected
+        assert len(sheet) > 500, "with its scale below"

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from processes import COMMAND, Result, Run, checked
 from tiny import CLASSES, files, noisy_picture, picture, save_tiny, write
 
-from cdnctl import checkpoints, images
+from cdnctl import checkpoints, headers, images
 from cdnctl.checkpoints import load_model, read_header, save_model
 from cdnctl.cli.common import parse_size
 from cdnctl.errors import UsageError
@@ -264,7 +265,7 @@ def test_sigma_looks_like_the_other_unit(tmp_path: Path, real: Run) -> None:
         ("--class", "cat:0.5,zebra:0.5"),
         ("--strength", "1.5"),
         ("--strength", "nan"),
-        ("--guidance", "inf"),
+        ("--class", "cat", "--guidance", "inf"),
         ("--tile", "0"),
         ("--tile", "[/b]"),
         ("--threads", "0"),
@@ -273,14 +274,102 @@ def test_sigma_looks_like_the_other_unit(tmp_path: Path, real: Run) -> None:
         ("--device", "cpu:1"),
         ("--uncertainty", "u.xyz"),
         ("--uncertainty", "u.jpg"),
+        ("--guidance", "2"),
+        ("--guidance", "1", "--class", "none"),
         ("--nonsense",),
+        ("--sigma",),
         ("missing.png",),
     ],
 )
 def test_wrong_values(tmp_path: Path, cdnctl: Run, weights: Path, args: tuple[str, ...]) -> None:
     write(tmp_path / "a.png")
-    assert cdnctl("denoise", "a.png", "--model", weights, *args).code == 2
+    done = cdnctl("denoise", "a.png", "--model", weights, *args)
+    assert done.code == 2 and not done.out
+    assert done.err.startswith("cdnctl: error: ") and len(done.err.splitlines()) == 1
     assert files(tmp_path).keys() == {"a.png"}
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("--nonsense",), ["--nonsense", "cdnctl --help"]),
+        (("nonsense",), ["'nonsense'", "cdnctl --help"]),
+        (("denoise",), ["missing argument", "cdnctl denoise --help"]),
+        (("denoise", "a", "--strenth", "1"), ["--strenth", "--strength"]),
+        (("denoise", "a", "--tile", "soft"), ["--tile", "'soft'", "cdnctl denoise --help"]),
+        (("denoise", "a", "--tile", "0"), ["--tile", "'0'", "1"]),
+        (("denoise", "a", "--tile", "[/b]"), ["'[/b]'"]),
+        (("denoise", "a", "--guidance", "2"), ["--guidance 2", "give --class"]),
+        (("explain", "a"), ["'-o'", "cdnctl explain --help"]),
+        (("explain", "a", "-o", "b.png", "--class", "none"), ["--class none", "auto"]),
+        (("evaluate", "a", "b"), ["b", "cdnctl evaluate --help"]),
+        (("models", "nonsense"), ["'nonsense'", "cdnctl models --help"]),
+        (("models", "show"), ["missing argument", "cdnctl models show --help"]),
+        (("bench", "--methods", "a,wavelet,b"), ["unknown 'a', 'b'; known:"]),
+        (("train", "--set"), ["'--set'"]),
+    ],
+    ids=lambda args: " ".join(args),
+)
+def test_all_errors_have_one_form(cdnctl: Run, args: Any, words: list[str]) -> None:
+    """One line, whoever finds out: no boxes, no usage, no names of Python's types."""
+    done = cdnctl(*args)
+    assert done.code == 2 and not done.out and len(done.err.splitlines()) == 1
+    assert done.err.startswith("cdnctl: error: ") and all(word in done.err for word in words)
+
+
+def test_help_is_no_error(cdnctl: Run) -> None:
+    asked = cdnctl("--help")
+    assert asked.code == 0 and "denoise" in asked.text and not asked.err
+    bare = subprocess.run([COMMAND], capture_output=True, text=True)
+    assert bare.returncode == 2 and "denoise" in bare.stdout and not bare.stderr
+
+
+def test_an_interrupted_command_says_so(
+    tmp_path: Path, cdnctl: Run, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write(tmp_path / "a.png")
+    monkeypatch.setattr(images, "read", interrupt)
+    done = cdnctl("classify", "a.png", "--model", weights)
+    assert done.code == 130 and done.err == "cdnctl: error: interrupted\n"
+
+
+def test_what_a_class_changes_is_told(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "a.tif", dtype=np.float32)
+    command = ("denoise", "a.tif", "--model", weights, "--sigma", "50", "--overwrite")
+
+    def result(*args: str) -> tuple[dict[str, Any], np.ndarray]:
+        (record,) = cdnctl(*command, "--json", *args).records
+        return record, images.read(tmp_path / "a_denoised.tif").pixels
+
+    free, plain = result()
+    told, changed = result("--class", "dog", "--guidance", "3")
+    assert free["class_change"] is None
+    rms = 255 * np.sqrt(np.mean((changed - plain) ** 2))
+    assert told["class_change"] == pytest.approx(rms, rel=1e-3)
+    text = cdnctl(*command, "--class", "dog", "--guidance", "3").text
+    assert f"telling the class changed {rms:.2f} of 255 (rms)" in text
+    assert "telling" not in cdnctl(*command).text
+    faint = cdnctl(*command, "--class", "dog", "--guidance", "1e-4").text
+    assert "changed less than 0.01 of 255" in faint
+
+
+def test_photographs_without_the_photo_weights(tmp_path: Path, cdnctl: Run, shelf: Path) -> None:
+    (shelf / "random.safetensors").unlink()
+    save_tiny(shelf / "small.safetensors", patch=32)
+    write(tmp_path / "in" / "a.png", noisy_picture(48, 64))
+    write(tmp_path / "small.png")
+    for args in (("denoise", "in", "-o", "out"), ("denoise", "in/a.png"), ("classify", "in"),
+                 ("explain", "in/a.png", "-o", "why.png"), ("evaluate", "in")):  # fmt: skip
+        done = cdnctl(*args)
+        assert done.code == 3 and "'photo'" in done.err and "--model" in done.err
+        assert len(done.err.splitlines()) == 1
+    assert files(tmp_path).keys() == {"in/a.png", "small.png", "weights/small.safetensors"}
+    assert cdnctl("denoise", "small.png").code == 0
+    assert cdnctl("denoise", "in/a.png", "--model", "small").code == 0
+    assert "'photo'" in cdnctl("doctor", "--device", "cpu").err
 
 
 @pytest.mark.parametrize(
@@ -395,10 +484,11 @@ def test_uncertainty(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     std = images.read(tmp_path / "u.tif")
     assert std.pixels.shape == (20, 24, 1) and std.dtype == np.float32
     assert std.pixels.min() >= 0 and 0 < std.pixels.max() < 1
+    assert cdnctl(*command, "u.npy", "--overwrite").code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "u.npy"), std.samples[..., 0])
     assert cdnctl(*command, "u.png", "--overwrite").code == 0
-    fraction = images.read(tmp_path / "u.png")
-    assert fraction.dtype == np.uint16
-    np.testing.assert_allclose(fraction.pixels, np.clip(std.pixels / 0.2, 0, 1), atol=1e-4)
+    shown = images.read(tmp_path / "u.png")
+    assert shown.dtype == np.uint8 and len(np.unique(shown.samples.reshape(-1, 3), axis=0)) > 50
 
     assert cdnctl(*command, "new/u.tif", "-o", "other/a.png").code == 0
     assert (tmp_path / "new" / "u.tif").read_bytes() == (tmp_path / "u.tif").read_bytes()
@@ -410,6 +500,59 @@ def test_uncertainty(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     assert cdnctl(*command, "v.tif", "-o", "-").code == 2
     assert cdnctl(*command, "v.tif", "u.png", "-o", "out").code == 2
     assert files(tmp_path) == before
+
+
+def test_compare(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "a.png")
+    command = ("denoise", "a.png", "--model", weights, "--sigma", "51", "--compare")
+    assert cdnctl(*command, "new/both.png", "-o", "b.png").code == 0
+    both = images.read(tmp_path / "new" / "both.png").samples
+    for name, columns in (("a.png", slice(24)), ("b.png", slice(-24, None))):
+        np.testing.assert_array_equal(both[-20:, columns], images.read(tmp_path / name).samples)
+    assert both.shape[0] > 20 and both.shape[1] > 48
+
+    write(tmp_path / "c.png")
+    before = files(tmp_path)
+    for args in (
+        ("b.png", "-o", "b.png", "--overwrite"),
+        ("a.png", "--overwrite"),
+        ("x.xyz",),
+        ("x.npy",),
+        ("new/both.png",),
+        ("x.png", "-o", "-"),
+        ("x.png", "c.png", "-o", "out"),
+        ("x.png", "--uncertainty", "x.png"),
+    ):
+        done = cdnctl(*command, *args)
+        assert done.code == 2 and "x.png" not in files(tmp_path), args
+    assert files(tmp_path) == before
+
+
+def test_help_lists_the_classes_without_torch(cdnctl: Run) -> None:
+    """It must come at once."""
+    bundled = checkpoints.bundled()
+    env = os.environ | {"COLUMNS": "400", "NO_COLOR": "1"}
+    code = (
+        "import sys; sys.argv = ['cdnctl', sys.argv[1], '--help']\n"
+        "import atexit; atexit.register(lambda: print('loaded:', *sys.modules))\n"
+        "from cdnctl.cli import main; main()"
+    )
+    for command in ("denoise", "explain"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command], env=env, capture_output=True, text=True
+        )
+        text, loaded = done.stdout.split("loaded:")
+        assert not {"torch", "numpy"} & set(loaded.split())
+        for name, path in bundled.items():
+            assert f"Classes of {name}: {', '.join(read_header(path).classes)}." in text
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", b"\xff" * 99, b"\x02" + bytes(7) + b"[]"])
+def test_damaged_weights_have_no_classes(tmp_path: Path, weights: Path, content: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert headers.classes(tmp_path / "a.safetensors") == []
+    assert headers.classes(tmp_path / "none.safetensors") == []
+    assert headers.classes(weights) == list(CLASSES)
 
 
 # -- signals --------------------------------------------------------------------------------
@@ -466,6 +609,7 @@ def test_classify(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     for record in good:
         values = list(record["classes"].values())
         assert len(values) == 2 and 1 >= values[0] >= values[1] and record["sigma"] == 25
+        assert record["scale"] == 1 and record["size"] == [24, 20]
     (bad,) = [r for r in done.records if "error" in r]
     assert "empty" in bad["error"]
     plain = cdnctl(*command)
@@ -474,14 +618,32 @@ def test_classify(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     assert cdnctl("classify", "nothing", "--model", weights).code == 2
 
 
+def test_classify_says_its_scale(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "large.png", noisy_picture(128, 192))
+    write(tmp_path / "small.png")
+    command = ("classify", "large.png", "small.png", "--model", weights)
+    large, small = cdnctl(*command, "--json").records
+    assert large["scale"] == 0.5 and large["size"] == [96, 64]
+    assert small["scale"] == 1 and small["size"] == [24, 20]
+    large, small = cdnctl(*command).text.splitlines()
+    assert large.endswith("seen at 96 x 64 pixels (1/2)") and "seen at" not in small
+
+
 def test_explain(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     write(tmp_path / "a.png")
     command = ("explain", "a.png", "-o", "why.png", "--model", weights)
     done = cdnctl(*command, "--class", "café crème")
     assert done.code == 0 and "café crème" in done.text
-    assert images.read(tmp_path / "why.png").pixels.shape == (20, 24, 3)
+    sheet = images.read(tmp_path / "why.png")
+    assert sheet.pixels.shape[2] == 3 and min(sheet.pixels.shape[:2]) > 100
     assert cdnctl(*command).code == 2
     assert cdnctl(*command, "--overwrite").code == 0
+    numbers = ("explain", "a.png", "--model", weights, "--class", "dog", "-o")
+    assert cdnctl(*numbers, "why.tif").code == cdnctl(*numbers, "why.npy").code == 0
+    bare = images.read(tmp_path / "why.tif").samples
+    assert bare.shape == (20, 24, 1) and bare.dtype == np.float32 and bare.min() < 0 < bare.max()
+    np.testing.assert_array_equal(np.load(tmp_path / "why.npy"), bare[..., 0])
+    assert cdnctl(*numbers, "why.xyz").code == 2
     (tmp_path / "text.png").write_text("text")
     assert cdnctl("explain", "text.png", "-o", "no.png", "--model", weights).code == 1
     assert not (tmp_path / "no.png").exists()

@@ -184,6 +184,46 @@ def test_score_leaves_the_callers_tensor_alone(case: Case, requires_grad: bool) 
     assert y.requires_grad is requires_grad and y.grad is None and y.is_leaf
 
 
+@pytest.mark.parametrize("weights", [None, one_hot(1)], ids=["posterior", "class"])
+@pytest.mark.parametrize("function", [score, denoise])
+def test_score_is_differentiable(case: Case, weights: Tensor | None, function: Any) -> None:
+    y, sigma = case.y.clone().requires_grad_(), case.sigma.clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda y, sigma: function(case.model, y, sigma, weights), (y, sigma), fast_mode=True
+    )
+    # A noise level that depends on the picture adds to its derivative, not to the score.
+    tied = function(case.model, y, sigma * y.sum().exp() / y.sum().exp().detach(), weights)
+    torch.testing.assert_close(tied, function(case.model, y, sigma, weights))
+
+
+def test_score_is_differentiable_in_weights_and_parameters(case: Case) -> None:
+    class Scaled(torch.nn.Module):
+        num_classes = K
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def log_joint(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+            return self.scale * case.model.log_joint(y, sigma)
+
+    model = Scaled()
+    got = score(model, case.y, case.sigma, one_hot(1)).sum()
+    (by_scale,) = torch.autograd.grad(got, model.scale)
+    w = one_hot(1).requires_grad_()
+    (by_weights,) = torch.autograd.grad(score(case.model, case.y, case.sigma, w).sum(), w)
+    for derivative in (by_scale, by_weights @ one_hot(1)):  # the score is linear in both
+        close(derivative, got.detach())
+
+
+def test_score_keeps_no_graph_unless_it_is_asked_for(case: Case) -> None:
+    assert not score(case.model, case.y, case.sigma).requires_grad
+    y = case.y.clone().requires_grad_()
+    assert score(case.model, y, case.sigma).requires_grad
+    with torch.no_grad():
+        assert not score(case.model, y, case.sigma).requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_score_follows_the_dtype(case: Case, dtype: torch.dtype) -> None:
     w = one_hot(0).to(torch.float32)

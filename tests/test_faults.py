@@ -273,6 +273,19 @@ def test_an_interrupted_bar_gives_the_cursor_back(place: Path, logs: Path) -> No
     assert "--resume" in seen and "Traceback" not in seen
 
 
+@needs_server
+def test_what_train_says_stays_on_the_terminal(place: Path, logs: Path) -> None:
+    """It redraws its table in place: what it has to say at the end must come after the last."""
+    with terminal() as (name, read):
+        command = ("train", "in", "--config", "tiny", "--device", "cpu", "--max-seconds", "0",
+                   "--set", "data.holdout=0", "--set", "run.log_every=1")  # fmt: skip
+        env = {"TERM": "xterm-256color", "COLUMNS": "100"}
+        done = start(*command, cwd=place, logs=logs, terminal=name, env=env).wait()
+        seen = read()
+    assert done.code == 0 and done.text == "runs/1/last/model.safetensors\n"
+    assert seen.index("stopped and saved") > max(seen.rindex("┘"), seen.rindex("\x1b[?25h"))
+
+
 # -- several processes ----------------------------------------------------------------------
 
 

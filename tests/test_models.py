@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from cdnctl.checkpoints import Header, build_module, load_model, save_model
-from cdnctl.core.joint import denoise, log_marginal, per_sample, posterior, score
+from cdnctl.core.joint import Joint, denoise, log_marginal, per_sample, posterior, score
 from cdnctl.models import REGISTRY
 from cdnctl.models.adjoint import (
     Activation,
@@ -26,7 +26,7 @@ from cdnctl.models.adjoint import (
     QuadraticForm,
     Residual,
 )
-from cdnctl.models.trunk import ClassHead, NetConfig, Normalised, Trunk
+from cdnctl.models.trunk import ClassHead, NetConfig, Normalised, Trunk, Whole
 
 K = 3
 TINY = NetConfig(
@@ -41,6 +41,8 @@ VARIANTS = [
     replace(TINY, side=0.3, channels=1, num_classes=1),
     replace(TINY, widths=(4, 6, 8), blocks=(0, 2, 1), down=2),
     replace(TINY, widths=(4,), blocks=(1,), norm="none"),
+    replace(TINY, constant=True),
+    replace(TINY, widths=(4, 6, 8), blocks=(0, 2, 1), decoder=(2, 0, 1), constant=True),
 ]
 LOCAL = [c for c in VARIANTS if c.norm != "group"]
 
@@ -49,7 +51,8 @@ def label(value: Any) -> str | None:
     if not isinstance(value, NetConfig):
         return None
     shape = f"{value.norm}-down{value.down}-fold{value.unshuffle}-{value.activation}"
-    return f"{shape}-{len(value.widths)}stages-side{value.side:g}"
+    own = "-decoder" * bool(value.decoder) + "-constant" * value.constant
+    return f"{shape}-{len(value.widths)}stages-side{value.side:g}{own}"
 
 
 def make(config: NetConfig, arch: str = "gradresnet", seed: int = 0, double: bool = False) -> Any:
@@ -248,52 +251,65 @@ DENOISERS = [(a, n) for a, n in ARCHS if REGISTRY[a].module.denoises]
 SIGMA = torch.tensor([0.1, 0.35])
 
 
-def test_flags_tell_what_a_module_can_do() -> None:
+DENSITIES = [(a, n) for a, n in ARCHS if hasattr(REGISTRY[a].module, "log_joint")]
+
+
+def test_what_a_module_can_do_is_told_by_what_it_has() -> None:
     assert JOINTS and DENOISERS
+    assert {a for a, _ in DENSITIES} == {"gradresnet", "classifier"}
     for arch in REGISTRY:
         net = make(TINY, arch)
         assert net.num_classes == K and net.compute_dtype is None
         assert net.denoises or net.classifies
-        if not net.classifies:
-            with pytest.raises(TypeError, match=type(net).__name__):
-                log_marginal(net, pictures(TINY), 0.1)
+        assert isinstance(net, Joint) == ((arch, "pixel") in DENSITIES)
 
 
-@pytest.mark.parametrize("arch,norm", JOINTS)
-def test_identities_of_a_joint(arch: str, norm: str) -> None:
+@pytest.mark.parametrize("arch,norm", DENSITIES)
+def test_identities_of_a_density(arch: str, norm: str) -> None:
+    """Tweedie's formula, for the marginal and for every class; in the unit of the picture."""
     net, y = make(replace(TINY, norm=norm), arch), pictures(TINY)
     var = per_sample(SIGMA, y) ** 2
     f = net.log_joint(y, SIGMA)
-    logits = net(y, SIGMA)[1]
-    assert f.shape == logits.shape == (2, K)
-    p = posterior(net, y, SIGMA)
-    close(p, f.softmax(1), 1e-4)
-    close(p, logits.softmax(1), 1e-4)
-    assert p.std() > 0.01, "a flat posterior would make the rest trivial"
+    assert f.shape == (2, K)
+    close(net(y, SIGMA)[1].softmax(1), f.softmax(1), 1e-4)
     close(
         log_marginal(net, y, SIGMA),
         f.exp().sum(1).log() if arch != "gradresnet" else f.logsumexp(1),
         1e-4,
     )
+    close(denoise(net, y, SIGMA), y + var * autograd_score(net, y, SIGMA, None), 1e-4)
+    for e in torch.eye(K):
+        close(denoise(net, y, SIGMA, e), y + var * autograd_score(net, y, SIGMA, e), 1e-4)
 
-    whole = denoise(net, y, SIGMA)
-    eye = torch.eye(K)
-    parts = torch.stack([denoise(net, y, SIGMA, e) for e in eye], 1)
-    # Tweedie, for the marginal and for every class; in the unit of the picture.
-    close(whole, y + var * autograd_score(net, y, SIGMA, None), 1e-4)
-    for c in range(K):
-        close(parts[:, c], y + var * autograd_score(net, y, SIGMA, eye[c]), 1e-4)
+
+@pytest.mark.parametrize("arch,norm", JOINTS)
+def test_identities_of_a_joint(arch: str, norm: str) -> None:
+    net, y = make(replace(TINY, norm=norm), arch), pictures(TINY)
+    net, y, sigma = net.double(), y.double(), SIGMA.double()
+    var = per_sample(sigma, y) ** 2
+    p = posterior(net, y, sigma)
+    close(p, net(y, sigma)[1].softmax(1), 1e-10)
+    assert p.std() > 0.01, "a flat posterior would make the rest trivial"
+
+    whole = denoise(net, y, sigma)
+    parts = torch.stack([denoise(net, y, sigma, e) for e in torch.eye(K)], 1)
     # Consistency and any mixture.
-    close((p[:, :, None, None, None] * parts).sum(1), whole, 1e-4)
-    w = torch.tensor([0.7, -0.4, 1.9])
+    close((p[:, :, None, None, None] * parts).sum(1), whole, 1e-9)
+    w = torch.tensor([0.7, -0.4, 1.9]).double()
     mixed = y + (w.view(1, K, 1, 1, 1) * (parts - y[:, None])).sum(1)
-    close(denoise(net, y, SIGMA, w), mixed, 1e-4)
+    close(denoise(net, y, sigma, w), mixed, 1e-9)
+    # The mixture as a function of the class scores, and the posterior as one of them.
+    for way, want in (
+        (lambda logits: w.expand_as(logits), mixed),
+        (lambda logits: logits.softmax(1), whole),
+    ):
+        close(y + net.correction(y, sigma, way)[0], want, 1e-9)
     # The evidence map.
     for c in range(K):
         leaf = y.clone().requires_grad_()
-        log_p = posterior(net, leaf, SIGMA)[:, c].log().sum()
+        log_p = net.class_scores(leaf, sigma).log_softmax(1)[:, c].sum()
         evidence = var * torch.autograd.grad(log_p, leaf)[0]
-        close(parts[:, c] - whole, evidence, 1e-4)
+        close(parts[:, c] - whole, evidence, 1e-9)
         assert evidence.abs().max() > 1e-6
 
 
@@ -479,13 +495,27 @@ def test_half_precision_trunk(arch: str, norm: str) -> None:
     assert got.dtype is coarse.dtype is torch.float32
     assert not torch.equal(got, want) or not net.denoises
     assert (got - want).abs().max() < 0.05 and (coarse - logits).abs().max() < 0.1
-    if net.classifies:
-        assert net.log_joint(y, SIGMA).dtype is torch.float32
+    assert net.class_scores(y, SIGMA).dtype is torch.float32 if net.classifies else True
+    assert net.log_joint(y, SIGMA).dtype is torch.float32 if isinstance(net, Joint) else True
+
+
+@each_arch
+def test_half_precision_weights_run_the_trunk_in_half_precision(arch: str, norm: str) -> None:
+    net, y = make(replace(TINY, norm=norm), arch).half(), pictures(TINY)
+    for function in (lambda: net.correction(y, SIGMA)[0], lambda: net(y, SIGMA)[1]):
+        found = []
+        for net.compute_dtype in (None, torch.float16, torch.float32):
+            found.append(function())
+        assert all(f.dtype is torch.float32 for f in found)
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2]) or not found[0].any()
 
 
 # -- how far a pixel reaches --------------------------------------------------------------------
 
-LOCAL_NETS = [(a, c) for a in ("gradresnet", "unet") for c in LOCAL]
+LOCAL_NETS = [("gradresnet", c) for c in LOCAL if not c.decoder] + [
+    (a, c) for a in ("unet", "hybrid") for c in LOCAL
+]
 
 
 def fixed(config: NetConfig) -> Tensor:
@@ -502,13 +532,16 @@ def test_receptive_radius_bounds_the_reach(arch: str, config: NetConfig) -> None
     centre = side // 2 // step * step
     at = torch.arange(side)
     reach = 0
+    whole = Whole(side * side, torch.full((config.num_classes,), 1 / config.num_classes))
     with torch.no_grad():
-        before = net(y, 0.2, fixed(config))[0]
+        before = net.correction(y, 0.2, fixed(config), whole)[0] + y
         for phase in range(step):
             pixel = centre + phase
             moved = y.clone()
             moved[..., pixel, pixel] += 0.5
-            change = (net(moved, 0.2, fixed(config))[0] - before).abs().amax((0, 1)) > 0
+            change = (
+                net.correction(moved, 0.2, fixed(config), whole)[0] + moved - before
+            ).abs().amax((0, 1)) > 0
             distance = torch.maximum((at - pixel).abs()[:, None], (at - pixel).abs()[None])
             reach = max(reach, int(distance[change].max()))
     assert radius // 2 < reach <= radius
@@ -539,7 +572,8 @@ def test_a_tile_is_treated_as_part_of_the_whole(arch: str, config: NetConfig) ->
     cells = (height // step) * (width // step)
     tile = whole[..., top : top + side, left : left + side]
     want = net(whole, 0.2, fixed(config))[0][..., top : top + side, left : left + side]
-    got = tile + net.correction(tile, 0.2, fixed(config), cells)[0]
+    posterior = net(whole, 0.2)[1][0].softmax(0)
+    got = tile + net.correction(tile, 0.2, fixed(config), Whole(cells, posterior))[0]
     core = slice(margin, margin + inner)
     close(got[..., core, core], want[..., core, core], 1e-10)
     assert (got - want).abs().max() > 1e-6, "the borders of a tile do differ"
@@ -548,7 +582,9 @@ def test_a_tile_is_treated_as_part_of_the_whole(arch: str, config: NetConfig) ->
 @pytest.mark.parametrize("arch,config", LOCAL_NETS, ids=label)
 def test_translation(arch: str, config: NetConfig) -> None:
     """A picture that moves by ``multiple`` moves its denoised version along."""
-    net = make(config, arch, double=True)
+    # The posterior of a hybrid is that of the picture, which changes at its borders.
+    net = make(replace(config, num_classes=1) if arch == "hybrid" else config, arch, double=True)
+    config = net.config
     step = config.multiple
     margin = -(-config.receptive_radius // step) * step
     side = 2 * margin + 3 * step
@@ -582,13 +618,14 @@ def test_published_shape() -> None:
 
 
 def test_the_baselines_are_of_comparable_size() -> None:
-    """The UNet's decoder mirrors the adjoint: about twice the weights of a shared trunk."""
+    """The decoders mirror the adjoint: about twice the weights of a shared trunk."""
     with torch.device("meta"):
         sizes = {
             a: sum(p.numel() for p in REGISTRY[a].module(NetConfig()).parameters())
             for a in REGISTRY
         }
-    assert sizes["classifier"] < sizes["gradresnet"] < sizes["unet"] < 2.2 * sizes["gradresnet"]
+    assert sizes["classifier"] < sizes["gradresnet"] < sizes["unet"] < sizes["hybrid"]
+    assert sizes["hybrid"] < 2.2 * sizes["gradresnet"]
 
 
 @pytest.mark.parametrize(
@@ -598,6 +635,9 @@ def test_the_baselines_are_of_comparable_size() -> None:
         {"widths": (8,)},
         {"widths": (8, 0)},
         {"blocks": (1, -1)},
+        {"decoder": (1,)},
+        {"decoder": (1, -1)},
+        {"blocks": (1, 1), "decoder": (1, 10**9)},
         {"blocks": (1, 10**9)},
         {"widths": (8,) * 10**4, "blocks": (1,) * 10**4},
         {"norm": "batch"},

@@ -19,6 +19,7 @@ from cdnctl import images
 from cdnctl.api import Model
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image, Metadata
+from cdnctl.models import REGISTRY
 from cdnctl.restore import Settings, classify, estimate_sigma, restore, restore_batch
 
 SIGMA = 0.2
@@ -89,6 +90,53 @@ def test_guidance_leads_from_no_class_to_a_class_and_beyond(model: Model) -> Non
             free + guidance * (told - free),
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize("size", [(48, 64), (21, 30), (200, 231)], ids=["even", "odd", "alone"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_the_class_changes(model: Model, size: tuple[int, int], channels: int) -> None:
+    """Against the two results themselves: for small pictures together, and for one alone."""
+    y = noisy_picture(*size, channels)
+    options = {"target": {"dog": 3.0, "cat": 1.0}, "guidance": 2.0, "strength": 0.5}
+    told = restore(exact(y), model, Settings(SIGMA, **options))  # type: ignore[arg-type]
+    free = restore(exact(y), model, Settings(SIGMA, strength=0.5))
+    difference = told.image.pixels - free.image.pixels
+    assert free.class_change is None and told.class_change is not None
+    assert told.class_change == pytest.approx(np.sqrt(np.mean(difference**2)), rel=1e-3)
+    assert told.class_change > 1e-5
+
+
+def test_what_the_class_changes_in_a_company(model: Model) -> None:
+    """Each its own, whoever shares the batch."""
+    pictures = [exact(noisy_picture(seed=i)) for i in range(3)]
+    told = Settings(SIGMA, target="auto")
+    together = [r.class_change for r in restore_batch(pictures, model, told)]
+    assert together == [restore(p, model, told).class_change for p in pictures]
+    assert len(set(together)) == 3
+
+
+def test_what_the_class_changes_in_a_large_picture(narrow: Model) -> None:
+    """Measured in the middle: here a picture that repeats itself, so it is like the rest."""
+    y = np.tile(noisy_picture(64, 64), (12, 12, 1))
+    told = restore(exact(y), narrow, Settings(SIGMA, target={"dog": 1.0}))
+    free = restore(exact(y), narrow, Settings(SIGMA))
+    difference = (told.image.pixels - free.image.pixels)[64:-64, 64:-64]
+    assert told.class_change == pytest.approx(np.sqrt(np.mean(difference**2)), rel=0.05)
+
+
+@pytest.mark.parametrize("arch", [a for a, (_, net) in REGISTRY.items() if net.denoises])
+@pytest.mark.parametrize("target", ["auto", {"dog": 1.0}], ids=str)
+def test_a_class_is_told_to_models_that_know_classes(
+    tmp_path: Path, arch: str, target: object
+) -> None:
+    some = tiny(tmp_path, arch)
+    told = Settings(SIGMA, target=target)  # type: ignore[arg-type]
+    for size in ((20, 24), (200, 231)):
+        if some.module.classifies:
+            assert restore(exact(noisy_picture(*size)), some, told).class_change
+        else:
+            with pytest.raises(UsageError, match="knows no classes: leave --class out"):
+                restore(exact(noisy_picture(*size)), some, told)
 
 
 def test_a_class_told_is_the_models_conditional_denoiser(model: Model) -> None:
@@ -285,6 +333,14 @@ def test_any_size(model: Model, height: int, width: int, channels: int) -> None:
     y = noisy_picture(height, width, channels)
     result = restore(exact(y), model, Settings())
     assert result.image.pixels.shape == y.shape and np.isfinite(result.image.pixels).all()
+
+
+def test_a_notebook_shows_a_result_on_one_line(model: Model, tmp_path: Path) -> None:
+    y = exact(noisy_picture())
+    result = restore(y, model, Settings(SIGMA))
+    best, p = next(iter(result.posterior.items()))
+    assert repr(result) == f"Restored({result.image!r}, sigma 0.2, {best} {p:.1%})"
+    assert repr(restore(y, tiny(tmp_path, "unet"), Settings(SIGMA))).endswith("sigma 0.2)")
 
 
 def test_input_pixels_are_left_alone(model: Model) -> None:
@@ -504,3 +560,13 @@ def test_out_of_memory_is_an_error_that_says_what_helps(
     expected = ImageError if "memory" in message else RuntimeError
     with pytest.raises(expected, match="--tile" if "memory" in message else message):
         restore(exact(picture()), narrow, Settings(SIGMA))
+
+
+@pytest.mark.parametrize("size", [(40, 50), (200, 300)])
+def test_black_and_white_alone_are_left_as_they_are(tmp_path: Path, size: tuple[int, int]) -> None:
+    letters = Image.of((picture(*size) > 0.4).astype(np.float32), np.uint8)
+    result = restore(letters, tiny(tmp_path), Settings(0.1))
+    assert np.array_equal(result.image.samples, letters.samples)
+    assert "left as it is" in result.image.notes[-1]
+    letters.samples[-1, -1] = 7
+    assert "left" not in "".join(restore(letters, tiny(tmp_path), Settings(0.1)).image.notes)

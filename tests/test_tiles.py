@@ -153,6 +153,7 @@ NETWORKS = [
     ("gradresnet", {"norm": "pixel", "unshuffle": 1, "side": 0.0}),
     ("unet", {"norm": "pixel"}),
     ("unet", {"norm": "none", "unshuffle": 1}),
+    ("hybrid", {"norm": "pixel", "constant": True, "decoder": [2, 0]}),
 ]
 
 

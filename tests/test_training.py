@@ -37,6 +37,7 @@ from cdnctl.checkpoints import (
 )
 from cdnctl.core.joint import denoise
 from cdnctl.core.losses import score_matching
+from cdnctl.core.noise import sample_sigma
 from cdnctl.errors import ConfigError, ImageError, SetupError, TrainingError, UsageError
 from cdnctl.training import loop
 from cdnctl.training import state as states
@@ -103,14 +104,14 @@ BAD_CONFIGS = {
     "[dta]\npatch = 32": ("dta", "data"),
     "patch = 32": ("patch", "data"),
     "[model]\ndepth = 3": ("depth", "model", "widths"),
-    "[data]\npatch = 'big'": ("data.patch", "'big'", "int"),
-    "[data]\npatch = 1.5": ("data.patch", "1.5", "int"),
-    "[data]\npatch = true": ("data.patch", "True", "int"),
-    "[data]\nrotate = 1": ("data.rotate", "1", "bool"),
-    "[optim]\nlr = '1e-3'": ("optim.lr", "'1e-3'", "float"),
+    "[data]\npatch = 'big'": ("data.patch", "'big'", "a whole number"),
+    "[data]\npatch = 1.5": ("data.patch", "1.5", "a whole number"),
+    "[data]\npatch = true": ("data.patch", "True", "a whole number"),
+    "[data]\nrotate = 1": ("data.rotate", "1", "true or false"),
+    "[optim]\nlr = '1e-3'": ("optim.lr", "'1e-3'", "a number"),
     "[optim]\nbetas = [0.9]": ("optim.betas", "[0.9]"),
     "[optim]\nbetas = [0.9, 'x']": ("optim.betas", "'x'"),
-    "[model]\nwidths = 64": ("model.widths", "64", "tuple"),
+    "[model]\nwidths = 64": ("model.widths", "64", "a list of whole numbers"),
     "[model]\nwidths = [4.5]": ("model.widths", "4.5"),
     "[model]\nwidths = [[4]]": ("model.widths", "[[4]]"),
     "[run]\nvalidate_sigmas = [25, 'x']": ("run.validate_sigmas", "'x'"),
@@ -206,9 +207,14 @@ def test_keys_set_anew() -> None:
         ("optim=3", "optim=3"),
         ("name.x=3", "name.x=3"),
         ("optim.stps=3", "stps"),
-        ("optim.steps=many", "'many'"),
+        ("optim.steps=many", "'many', but must be a whole number"),
+        ("optim.lr=fast", "'fast', but must be a number"),
+        ("optim.kind=3", "3, but must be text"),
+        ("optim.betas=0.9", "0.9, but must be a list of 2 numbers"),
+        ("run.validate_sigmas=3", "3, but must be a list of numbers"),
+        ("model.widths=[4.5]", "but must be a list of whole numbers"),
         ("optim.steps=0", "optim.steps"),
-        ("run.compile=yes", "'yes'"),
+        ("run.compile=yes", "'yes', but must be true or false"),
     ],
 )
 def test_settings_that_are_none(setting: str, word: str) -> None:
@@ -550,7 +556,14 @@ def test_an_epoch_shows_every_picture_once(batch: int) -> None:
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    if (a.lesson is None) != (b.lesson is None):
+        return False
+    same = a.lesson is None or b.lesson is None or equal(a.lesson, b.lesson)
+    return same and all(torch.equal(x, tensors(b)[name]) for name, x in tensors(a).items())
+
+
+def tensors(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(batch).items() if name != "lesson"}
 
 
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
@@ -566,9 +579,71 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
     torch.rand(7)
     assert equal(draw(3), forward[3])
     for other in (forward[4], make_batches(pictures, seed=1, **config)(3)):
-        for name, value in vars(forward[3]).items():
+        for name, value in tensors(forward[3]).items():
             if name in ("clean", "noise", "sigma"):
                 assert not torch.equal(getattr(other, name), value), name
+
+
+LESSON = {"patch": 4, "batch": 6, "class_batch": 4, "class_patch": 3, "thumbnail": 6}
+
+
+def test_thumbnails_teach_classes_and_nothing_else() -> None:
+    """Small labelled pictures in the lesson, large ones of both kinds outside of it."""
+    sizes = [(5, 9)] * 5 + [(8, 9)] * 5 + [(7, 7)] * 5 + [(5, 5)] * 2
+    labels = [0, 1, 2, 3, 0] + [1] * 5 + [-1] * 7
+    pictures, _ = collection(sizes, labels)
+    lessons, rest = set(), set()
+    for step in range(20):
+        batch = make_batches(pictures, **LESSON)(step)
+        lesson = batch.lesson
+        assert lesson is not None and lesson.lesson is None
+        assert batch.clean.shape == (6, 3, 4, 4) and lesson.clean.shape == (4, 3, 3, 3)
+        assert (lesson.labels >= 0).all()
+        lessons |= set(lesson.labels.tolist())
+        rest |= set(batch.labels.tolist())
+    assert lessons == {0, 1, 2, 3} and rest == {-1, 1}
+    shares = [make_batches(pictures, **LESSON)(3, rank, 2).lesson for rank in range(2)]
+    whole = make_batches(pictures, **LESSON)(3).lesson
+    assert whole is not None and all(share is not None for share in shares)
+    assert torch.equal(torch.cat([s.sigma for s in shares if s])[[0, 2, 1, 3]], whole.sigma)
+    with pytest.raises(UsageError, match=r"data\.thumbnail = 20"):
+        make_batches(pictures, **LESSON | {"thumbnail": 20})
+
+
+def test_flats_are_linear_in_place_and_as_many_as_asked_for() -> None:
+    pictures, _ = collection([(9, 9)] * 4, [-1] * 4)
+    flat = 0
+    for step in range(20):
+        plain = make_batches(pictures, patch=5, batch=64)(step).clean
+        mixed = make_batches(pictures, patch=5, batch=64, flats=0.25)(step).clean
+        changed = (plain != mixed).flatten(1).any(1)
+        flat += int(changed.sum())
+        for crop in mixed[changed]:
+            assert crop.min() >= 0 and crop.max() <= 1
+            inside = ((crop > 0) & (crop < 1)).flatten(1).all(1)
+            bend = crop.diff(n=2, dim=1).abs().amax((1, 2)) + crop.diff(n=2, dim=2).abs().amax(
+                (1, 2)
+            )
+            assert (bend[inside] < 1e-5).all()
+    assert 0.2 < flat / (20 * 64) < 0.3
+
+
+def test_noise_levels_are_one_of_each_stratum() -> None:
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        u = sample_sigma(16, 0, 1, 1.0, g)
+        assert sorted((u * 16).long().tolist()) == list(range(16))
+        assert u.tolist() != sorted(u.tolist())
+
+
+def test_a_linear_schedule_is_constant_and_then_falls_to_nothing() -> None:
+    config = parse(
+        {"optim": {"steps": 100, "warmup": 10, "schedule": "linear", "decay": 0.25, "lr": 0.5}}
+    )
+    rates = [loop.learning_rate(step, config) for step in range(101)]
+    assert rates[9:76] == [0.5] * 67 and rates[100] == 0
+    falls = -np.diff(rates[75:])
+    np.testing.assert_allclose(falls, 0.5 / 25)
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
@@ -582,7 +657,7 @@ def test_shares_of_the_processes_make_up_the_batch(world: int) -> None:
         joined = torch.cat([share.sigma for share in shares])
         place = [joined.tolist().index(v) for v in whole.sigma.tolist()]
         assert sorted(place) == list(range(6))
-        for name, value in vars(whole).items():
+        for name, value in tensors(whole).items():
             parts = torch.cat([getattr(share, name) for share in shares])
             assert torch.equal(parts[place], value), name
 
@@ -1301,6 +1376,20 @@ def test_memory_order_compiling_and_precision_may_change_on_the_way(
     for setting in ("optim.steps=20", "run.seed=3", "data.batch=8"):
         with pytest.raises(UsageError, match=setting):
             train(folder, settings=[setting], device=CPU)
+
+
+def test_a_run_that_has_not_begun_to_fall_may_be_given_other_steps(
+    datasets: list[Path], tmp_path: Path
+) -> None:
+    linear = {"optim": {"schedule": "linear", "decay": 0.5, "steps": 12, "warmup": 1}}
+    run(tmp_path / "short", datasets, sections=linear)
+    longer = {"optim": linear["optim"] | {"steps": 30}}
+    run(tmp_path / "cut", datasets, sections=longer, should_stop=after(4))
+    assert train(tmp_path / "cut", settings=["optim.steps=12"], device=CPU, should_stop=after(5))
+    with pytest.raises(UsageError, match=r"optim\.steps=30"):  # it falls since step 6
+        train(tmp_path / "cut", settings=["optim.steps=30"], device=CPU)
+    assert train(tmp_path / "cut", device=CPU).step == 12
+    same_to_the_bit(tmp_path / "cut", tmp_path / "short")
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

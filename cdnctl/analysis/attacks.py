@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cdnctl import tiles
 from cdnctl.api import Model
 from cdnctl.errors import UsageError
 from cdnctl.evaluate import batches
@@ -261,13 +262,7 @@ def log_posterior(model: Model, sigma: float, draws: int = 0, seed: int = 0) -> 
 
     def one(y: Tensor) -> Tensor:
         shrink = Shrink(y.shape[2], y.shape[3], model.header.patch)
-        y = shrink(y)
-        for axis in (2, 3):
-            size = y.shape[axis]
-            mirrored = np.pad(
-                np.arange(size), (0, -size % module.config.multiple), mode="symmetric"
-            )
-            y = y.index_select(axis, torch.from_numpy(mirrored).to(y.device))
+        y = tiles.mirrored(shrink(y), module.config.multiple)
         return module.class_scores(y, sigma * shrink.noise).log_softmax(1)
 
     def averaged(y: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def evidence(
     small = to_unit(scaled.pixels)  # of a gray picture one channel, however it is stored
 
     with memory_errors(scaled):
-        correction, logits = Field(model, small, scaled.sigma, tile).solve(lambda f: f.softmax(0))
+        correction, logits = Field(model, small, scaled.sigma, tile).solve()
         order = ranked(model, logits)
         label = next(iter(order)) if label is None else label
         one_hot = model.weights(label)
@@ -99,10 +99,24 @@ def evidence(
 
 def _gradient(field: Field, one_hot: Tensor) -> np.ndarray:
     """grad_y log p(c | y), (h, w, C), for the class of the one-hot weights."""
-    # The correction is linear in the weights: with weights that sum to zero, one pass gives the
-    # difference, and what both have in common never enters.
-    difference, _ = field.solve(lambda scores: one_hot - scores.softmax(0))
-    return difference * (field.repeat / max(field.seen, MIN_SIGMA) ** 2)
+
+    def contrast(logits: Tensor) -> Tensor:
+        # The correction is linear in the weights: with weights that sum to zero, one pass
+        # gives the difference of two, and what both have in common never enters.
+        return one_hot.to(logits.device) - logits.softmax(-1)
+
+    # The scores of a tile are not those of the picture.
+    weights = contrast(field.logits()) if len(field.tiles) > 1 else contrast
+
+    def difference(y: Tensor) -> Tensor:
+        told = weights.to(y.device) if isinstance(weights, Tensor) else weights
+        correction, _ = field.model.module.correction(
+            field.repeated(y), field.seen, told, field.whole(told)
+        )
+        # It is no step towards the clean picture: what sigma allows does not bound it.
+        return correction.mean(1, keepdim=True) if field.repeat > 1 else correction
+
+    return field.over_tiles(difference) * (field.repeat / max(field.seen, MIN_SIGMA) ** 2)
 
 
 def _looks(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cdnctl.api import Model
+from cdnctl.core.joint import Joint
 from cdnctl.evaluate import batches, noisy_version
 from cdnctl.models import Network
 from cdnctl.restore import batch_size
@@ -56,11 +57,11 @@ def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
 @torch.no_grad()
 def scores(network: Network, x: Tensor, y: Tensor, sigma: float) -> dict[str, Tensor]:
     """The scores, (B,) each, of noisy pictures y of clean ones x, (B, C, H, W), that the network
-    can give: all of them only a joint model, and at sigma 0 only the last."""
+    can give: all of them only a joint density, and at sigma 0 only the last."""
     correction, logits = network.correction(y, sigma)
     found = {}
     if network.denoises and sigma > 0:
-        if network.classifies:
+        if network.classifies and isinstance(network, Joint):
             found[LOG_P] = network.log_joint(y, sigma).logsumexp(1)
         found[SCORE_NORM] = -correction.flatten(1).norm(dim=1) / sigma
         found[ERROR] = -(y + correction - x).square().flatten(1).mean(1)

@@ -80,9 +80,10 @@ def posterior_std(
     if sigma is None:
         sigma = estimate_sigma(image.samples, image.alpha)
     field = Field(model, image.samples, sigma, settings.tile)
-    with torch.no_grad():
+    weights = None
+    if settings.target is not None:
         settings, _ = choose_class(field, settings)
-        weights = class_weights(model, field.logits(), settings)
+        weights = class_weights(model, settings, field.logits())
     generator = torch.Generator().manual_seed(seed)
 
     def spread(y: Tensor) -> Tensor:

@@ -6,17 +6,34 @@ import io
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cdnctl.cli import bench, classify, denoise, evaluate, models, train
 from cdnctl.cli.common import report_error
 from cdnctl.errors import CdnctlError, SetupError, UsageError
 from cdnctl.version import VERSION
 
+# What typer raises for a command line that it cannot parse. It has no public name for it.
+_ParseError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class _Commands(TyperGroup):
+    """The commands. typer would end an interrupted one without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            report_error("interrupted")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="cdnctl",
+    cls=_Commands,
     help="Denoise, classify and explain pictures with one joint density of both.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -42,6 +59,18 @@ def _global_options(
     pass
 
 
+def _unparsed(error: Any) -> str:
+    """What is wrong with a command line, on one line, in the form of all other errors."""
+    message = error.format_message().strip().rstrip(".")
+    # Of a number that is none, typer tells the rule but not what was given.
+    faults: list[Any] = getattr(error.__cause__, "errors", list)()
+    if faults:
+        rule = faults[0]["msg"].split(",")[0].removeprefix("Input ")
+        message = f"{message.partition(': ')[0]}: {str(faults[0]['input'])!r} {rule}"
+    command = "cdnctl" if error.ctx is None else error.ctx.command_path
+    return f"{message[0].lower()}{message[1:]} (see {command} --help)"
+
+
 def _terminate(number: int, frame: object) -> None:
     # As an exception, so that half-written files are removed on the way out.
     sys.exit(128 + number)
@@ -58,7 +87,12 @@ def main() -> None:
     try:
         if "" in sys.argv[1:]:  # as a path it would be the current folder
             raise UsageError("an argument is empty: is a variable of the shell not set?")
-        app()
+        sys.exit(app(prog_name="cdnctl", standalone_mode=False))
+    except _ParseError as error:
+        # A command without any arguments has shown its help and says nothing more.
+        if str(error):
+            report_error(_unparsed(error))
+        sys.exit(UsageError.exit_code)
     except CdnctlError as error:
         report_error(str(error))
         sys.exit(error.exit_code)

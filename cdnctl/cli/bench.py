@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from cdnctl.cli.common import (
     Threads,
     keep_existing,
     parse_levels,
+    print_table,
     progress,
     start_torch,
     stderr,
@@ -88,9 +90,12 @@ def bench(
 
     names = available()
     if methods is not None:
-        unknown = set(methods.split(",")) - set(names)
+        unknown = sorted(set(methods.split(",")) - set(names))
         if unknown:
-            raise UsageError(f"unknown methods {sorted(unknown)}; known: {', '.join(names)}")
+            raise UsageError(
+                f"--methods {methods!r} names the unknown {', '.join(map(repr, unknown))}; "
+                f"known: {', '.join(names)}"
+            )
         names = [n for n in names if n in methods.split(",")]
     if folders:
         _throughput(as_json, threads)
@@ -107,7 +112,9 @@ def bench(
         with progress(len(files) * len(names) * len(levels), quiet=False) as advance:
             for row in quality(files, names, levels, threads=threads, watch=advance):
                 rows.append(row)
-                stderr().print(f"{row.method}, sigma {_scaled(row):g}: {row.psnr:.2f} dB")
+                # Printed as plain text, which the bar makes room for.
+                line = f"{row.method}, sigma {_scaled(row):g}: {row.psnr:.2f} dB"
+                print(line, file=sys.stderr, flush=True)
         if plot is not None:
             _draw(plot, rows)
         if as_json:
@@ -130,7 +137,6 @@ def bench(
 
 
 def _throughput(as_json: bool, threads: int | None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from cdnctl.benchmark import throughput
@@ -143,11 +149,10 @@ def _throughput(as_json: bool, threads: int | None) -> None:
     for r in rows:
         cells = (r.pictures, r.count, f"{r.plain:.2f}", f"{r.batch:.2f}", f"{r.ratio:.2f}")
         table.add_row(*map(str, cells))
-    Console(highlight=False).print(table)
+    print_table(table)
 
 
 def _gradient(names: Sequence[str], as_json: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from cdnctl.checkpoints import bundled, read_header
@@ -169,11 +174,10 @@ def _gradient(names: Sequence[str], as_json: bool) -> None:
         seconds = f"{r.seconds_per_megapixel:.2f}"
         cells = (r.model, r.task, r.precision, r.way, seconds, f"{r.ratio:.2f}", r.reference)
         table.add_row(*cells)
-    Console(highlight=False).print(table)
+    print_table(table)
 
 
 def _quality_table(rows: Sequence[Quality]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("method", "sigma", "PSNR", "SSIM", "s per megapixel", "peak MB")
@@ -182,7 +186,7 @@ def _quality_table(rows: Sequence[Quality]) -> None:
         level, psnr = f"{_scaled(r):g}", f"{r.psnr:.2f}"
         seconds, peak = f"{r.seconds_per_megapixel:.2f}", f"{r.peak_mb:.0f}"
         table.add_row(r.method, level, psnr, ssim, seconds, peak)
-    Console(highlight=False).print(table)
+    print_table(table)
 
 
 def _draw(path: Path, rows: Sequence[Quality]) -> None:
@@ -232,7 +236,6 @@ def _scaled(row: Quality) -> float:
 
 
 def _cost_table(rows: Sequence[Cost], reference: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("megapixels", "method", "s per megapixel", f"relative to {reference}", "peak MB")
@@ -250,4 +253,4 @@ def _cost_table(rows: Sequence[Cost], reference: str) -> None:
             ratio,
             f"{r.peak_mb:.0f}",
         )
-    Console(highlight=False).print(table)
+    print_table(table)

@@ -127,6 +127,8 @@ def explain(
     probability, averaged over noise and shifts.
     """
     level = parse_sigma(sigma)
+    if target == "none":
+        raise UsageError("--class none leaves nothing to explain: give a class, or auto")
     keep_existing(output, overwrite)
     torch_device = start_torch(device, threads)
     from cdnctl import images

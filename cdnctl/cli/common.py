@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from rich.console import Console
+    from rich.table import Table
 
 Device = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
@@ -77,6 +78,14 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def print_table(table: Table) -> None:
+    """A table on standard output. Where that is no terminal, no cell is wrapped."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 100_000  # a table takes no more than it needs
+    Console(highlight=False, width=width).print(table)
+
+
 def shown(path: Path) -> str:
     """A path on one line: a file's name may hold line ends, and commands to the terminal."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], str(path))
@@ -91,6 +100,11 @@ def report_error(message: str) -> None:
 def warn(message: str) -> None:
     """One warning on stderr."""
     print(f"cdnctl: warning: {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """What is as it should be, but might surprise; on stderr."""
+    print(f"cdnctl: note: {message}", file=sys.stderr)
 
 
 def start_torch(device: str, threads: int | None) -> torch.device:

@@ -69,8 +69,11 @@ def denoise(
         float, typer.Option("--strength", help="0: the input, 1: fully denoised.")
     ] = 1.0,
     guidance: Annotated[
-        float, typer.Option("--guidance", help="Weight g of the class: D + g (D_c - D).")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--guidance", help="Weight g of --class: D + g (D_c - D).", show_default="1.0"
+        ),
+    ] = None,
     uncertainty: Annotated[
         Path | None,
         typer.Option(
@@ -117,6 +120,11 @@ def denoise(
     """Remove noise from pictures. The originals are never touched."""
     level = parse_sigma(sigma)
     wanted = parse_class(target)
+    if guidance is not None and wanted is None:
+        raise UsageError(
+            f"--guidance {guidance:g} weighs what a class changes, but none is told: "
+            "give --class as well"
+        )
     if skip_existing and (overwrite or resume):
         other = "--overwrite" if overwrite else "--resume"
         raise UsageError(f"{other} and --skip-existing exclude each other")
@@ -131,7 +139,9 @@ def denoise(
     from cdnctl.runtime import patient_barrier, process_group
     from cdnctl.selection import Models
 
-    settings = Settings(level, wanted, strength, guidance, tile, budget)
+    settings = Settings(
+        level, wanted, strength, 1.0 if guidance is None else guidance, tile, budget
+    )
     models = Models(model, torch_device, class_names(wanted))
     printer = Printer(models, settings, as_json, quiet)
     if STDIO in inputs or output == STDIO:
@@ -360,6 +370,9 @@ class Printer:
                 f"{shown(source)}: sigma {level:.1f}{note} is outside the range "
                 f"{low:g}..{high:g} that model {model.name!r} was trained on"
             )
+        # On the 0..255 scale, root mean square.
+        change = restored.class_change
+        change = None if change is None else round(change * PEAK, 6)
         best = next(iter(restored.posterior.items()), None)
         # With the picture itself on standard output, remarks go to standard error.
         stream = sys.stderr if output == STDIO else sys.stdout
@@ -372,6 +385,7 @@ class Printer:
                 "sigma_estimated": self.estimated,
                 "model": model.name,
                 "weights": model.hash,
+                "class_change": change,
                 "posterior": {k: round(v, 6) for k, v in restored.posterior.items()},
                 "seconds": round(seconds, 4),
                 "notes": list(restored.image.notes),
@@ -383,6 +397,9 @@ class Printer:
             parts = [where, f"sigma {level:.1f} ({how})", f"model {model.name}"]
             if best is not None and (best[1] >= 0.5 or self.target == "auto"):
                 parts.append(f"most probable class {best[0]} ({best[1]:.0%})")
+            if change is not None:
+                amount = f"{change:.2f}" if change >= 0.01 else "less than 0.01"
+                parts.append(f"telling the class changed {amount} of 255 (rms)")
             print(", ".join([*parts, *restored.image.notes]), file=stream, flush=True)
 
     def failure(self, done: Done) -> None:

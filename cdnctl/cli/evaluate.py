@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,11 +22,14 @@ from cdnctl.cli.common import (
     Quiet,
     Threads,
     keep_existing,
+    note,
     parse_levels,
+    print_table,
     progress,
     report_error,
     save,
     start_torch,
+    warn,
 )
 from cdnctl.cli.plots import check_plot, curves, draw
 from cdnctl.errors import ImageError, UsageError
@@ -65,6 +68,10 @@ def evaluate(
     noisy: Annotated[
         Path | None, typer.Option("--noisy", help="Folder of noisy partners; adds no noise.")
     ] = None,
+    clip: Annotated[
+        bool,
+        typer.Option("--clip", help="Clip noisy pictures and round them, as files of 8 bits do."),
+    ] = False,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -140,14 +147,23 @@ def evaluate(
 ) -> None:
     """Measure PSNR, SSIM and accuracy on folders of clean pictures.
 
-    Noise is Gaussian, from a fixed seed, not clipped; results are clipped; scores are
-    means over pictures. What a model cannot do is left blank.
+    Noise is Gaussian, from a fixed seed, and not clipped unless --clip is given; results are
+    clipped; scores are means over pictures. "-" stands for what cannot be measured; why is said
+    before.
     """
     mode = "--attack" if attack else "--ood" if ood else None
-    others = {"--noisy": noisy, "--csv": csv_file, "--plot": plot, "--ood": ood if attack else None}
+    others = {
+        "--noisy": noisy,
+        "--clip": clip,
+        "--csv": csv_file,
+        "--plot": plot,
+        "--ood": ood if attack else None,
+    }
     for option, value in others.items():
         if mode and value:
             raise UsageError(f"{option} goes with the scores, not with {mode}")
+    if clip and noisy is not None:
+        raise UsageError("--clip is about noise that is added, but --noisy pictures have theirs")
     if attack_from is not None and not attack:
         raise UsageError("--attack-from says where changes come from: give --attack as well")
     default = {"--attack": "0", "--ood": "0,25", None: "15,25,50"}[mode]
@@ -174,7 +190,7 @@ def evaluate(
     elif ood:
         _measure_ood(run, ood)
     else:
-        rows = _measure_scores(run, noisy is not None)
+        rows = _measure_scores(run, noisy is not None, clip)
         if csv_file is not None:
             _write_csv(csv_file, rows)
         if plot is not None:
@@ -241,25 +257,51 @@ class _Run:
             _print_table(self.table)
         if not self.quiet:
             for report in self.reports:
-                print(", ".join(f"{k} {v}" for k, v in report["protocol"].items()))
+                about = report["protocol"].items()
+                print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in about))
 
 
-def _measure_scores(run: _Run, paired: bool) -> list[dict[str, Any]]:
+def _gaps(run: _Run, model: Model, samples: Sequence[Sample], paired: bool) -> Iterator[str]:
+    """What will not be measured of a model, and why."""
+    about = f"model {model.name!r} ({model.header.arch})"
+    folders = {sample.place.partition("/")[0] for sample in samples} - {""}
+    if not model.module.denoises:
+        yield f"no PSNR and SSIM of {about}, which does not denoise"
+    elif not paired and 0 in run.levels:
+        yield "no PSNR and SSIM at sigma 0, where there is nothing to remove"
+    if not model.module.classifies:
+        yield f"no accuracy of {about}, which does not classify"
+    elif not folders:
+        yield "no accuracy, which takes folders named after classes"
+    elif strange := sorted(folders - set(model.classes)):
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        yield (
+            f"no accuracy of {about}, which does not know the class folders "
+            f"{', '.join(strange[:3])}{more}; its classes: {', '.join(model.classes)}"
+        )
+
+
+def _measure_scores(run: _Run, paired: bool, clip: bool) -> list[dict[str, Any]]:
     """Scores of every model; the rows that they are means of."""
     from cdnctl.evaluate import evaluate, summarise
 
+    gaps = dict.fromkeys(gap for m, samples in run.models for gap in _gaps(run, m, samples, paired))
+    if not run.quiet:
+        for gap in gaps:
+            note(gap)
     per_picture = 1 if paired else len(run.levels)
     every = []
     with progress(sum(len(s) for _, s in run.models) * per_picture, run.quiet) as advance:
         for model, samples in run.models:
             rows = []
-            for row in evaluate(samples, model, run.levels, run.seed):
+            for row in evaluate(samples, model, run.levels, run.seed, clip):
                 rows.append(row)
                 if row.error is not None:
                     run.fail(row.error)
                 advance()
+            made = "gaussian, clipped to 8 bits" if clip else "gaussian, not clipped"
             protocol = {
-                "noise": "given" if paired else "gaussian, not clipped",
+                "noise": "given" if paired else made,
                 "output": "clipped to [0, 1], not rounded",
                 "data_range": 1.0,
                 "averaging": "mean of per-picture values",
@@ -428,6 +470,9 @@ def _draw(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
         axes.legend()
 
     shown = [key for key in titles if any(row[key] is not None for row in table)]
+    if not shown:
+        warn(f"{str(path)!r} is not drawn: no score was measured")
+        return
     draw(path, [partial(panel, key) for key in shown])
 
 
@@ -452,22 +497,21 @@ _TITLES = {
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
 
-    shown = [k for k in _TITLES if any(row.get(k) is not None for row in rows)]
+    shown = [k for k in _TITLES if any(k in row for row in rows)]
     if len({row["model"] for row in rows}) == 1:
         shown.remove("model")
     table = Table(*(Column(_TITLES[k], overflow="fold") for k in shown))
     for row in rows:
         table.add_row(*(escape(_cell(k, row[k])) for k in shown))
-    Console(highlight=False).print(table)
+    print_table(table)
 
 
 def _cell(name: str, value: Any) -> str:
     if value is None:
-        return "-"
+        return "as given" if name == "sigma" else "-"
     if isinstance(value, str):
         return value
     if name == "interval":

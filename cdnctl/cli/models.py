@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cdnctl.cli.common import PEAK, Device, Json, Threads, report_error, start_torch
+from cdnctl.cli.common import PEAK, Device, Json, Threads, print_table, report_error, start_torch
 from cdnctl.errors import CdnctlError, SetupError, UsageError
 from cdnctl.version import VERSION
 
@@ -27,7 +27,6 @@ def models(context: typer.Context, as_json: Json = False) -> None:
     """List the bundled models, show one, or export trained weights."""
     if context.invoked_subcommand is not None:
         return
-    from rich.console import Console
     from rich.table import Table
 
     from cdnctl.checkpoints import bundled, read_header
@@ -42,7 +41,7 @@ def models(context: typer.Context, as_json: Json = False) -> None:
     for name, header in headers.items():
         low, high = (PEAK * s for s in header.sigma_range)
         table.add_row(name, header.arch, f"{low:g}..{high:g}", ", ".join(header.classes))
-    Console(highlight=False).print(table)
+    print_table(table)
 
 
 @app.command()
@@ -97,6 +96,7 @@ def doctor(device: Device = "auto", threads: Threads = None) -> None:
     from cdnctl.core.metrics import psnr
     from cdnctl.core.noise import add_noise
     from cdnctl.runtime import available_devices
+    from cdnctl.selection import AUTO, SMALL, Models
 
     print(f"cdnctl {VERSION}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "imagecodecs", "PIL", "tifffile", "skimage", "safetensors", "typer"):
@@ -123,6 +123,11 @@ def doctor(device: Device = "auto", threads: Threads = None) -> None:
         except CdnctlError as error:
             report_error(f"{name}: {error}")
             sound = False
+    try:
+        Models(AUTO, torch_device).pick(SMALL + 1, SMALL + 1)
+    except CdnctlError as error:
+        report_error(str(error))
+        sound = False
     if not sound:
         raise SetupError("the installation does not work: install cdnctl again")
     print("all is well")

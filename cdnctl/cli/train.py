@@ -95,7 +95,6 @@ def train(
     with (
         process_group(torch_device) as (rank, _),
         stop_on_signal() as stop,
-        _watcher(shown=rank == 0 and not quiet) as watch,
     ):
         start = None if init_from is None else load_model(init_from).path
         folder = resume or shared_path(lambda: new_run_folder(runs))
@@ -105,17 +104,19 @@ def train(
                 step = read_run(folder / STATE)["state"]["step"]
                 stderr().print(f"going on at step {step}", markup=False)
         try:
-            outcome = train(
-                folder,
-                config=parsed,
-                datasets=datasets or (),
-                settings=settings or (),
-                init_from=start,
-                device=torch_device,
-                max_seconds=max_seconds,
-                should_stop=stop.is_set,
-                watch=watch,
-            )
+            # What is printed beside a table that is redrawn in place is lost.
+            with _watcher(shown=rank == 0 and not quiet) as watch:
+                outcome = train(
+                    folder,
+                    config=parsed,
+                    datasets=datasets or (),
+                    settings=settings or (),
+                    init_from=start,
+                    device=torch_device,
+                    max_seconds=max_seconds,
+                    should_stop=stop.is_set,
+                    watch=watch,
+                )
         except CdnctlError:
             with suppress(OSError):
                 folder.rmdir()  # if it is empty: a run that never began

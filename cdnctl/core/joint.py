@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Denoiser(Protocol):
@@ -23,10 +23,9 @@ class Denoiser(Protocol):
     def __call__(self, y: Tensor, sigma: Tensor | float) -> Tensor: ...
 
 
+@runtime_checkable
 class Joint(Protocol):
-    """A model of noisy pictures and classes."""
-
-    num_classes: int
+    """A density of noisy pictures and classes."""
 
     def log_joint(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """f_c(y, sigma): (B, C, H, W) -> (B, K), in nats."""
@@ -38,6 +37,13 @@ class HasScore(Protocol):
     """A model that computes its score without autograd, or has nothing but a score."""
 
     def score(self, y: Tensor, sigma: Tensor | float, weights: Tensor | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class HasPosterior(Protocol):
+    """A model that computes its class scores without its density, or has no density."""
+
+    def class_scores(self, y: Tensor, sigma: Tensor | float) -> Tensor: ...
 
 
 def per_sample(sigma: Tensor | float, y: Tensor) -> Tensor:
@@ -58,14 +64,20 @@ def score(
     weights: (K,) or (B, K). None means the posterior p(c | y), which gives
     grad_y log p_sigma(y); a one-hot vector gives the class-conditional score.
     Works inside a surrounding ``no_grad`` and leaves y's ``requires_grad`` alone.
+    Differentiable in y, sigma, weights and the model's parameters, as far as autograd
+    is on and any of them requires grad; otherwise no graph is kept.
     """
     if isinstance(model, HasScore):
         return model.score(y, sigma, weights)
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    inputs = (t for t in (y, sigma, weights, *parameters) if isinstance(t, Tensor))
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.enable_grad():
-        leaf = y.detach().requires_grad_()
+        # A view of y: sigma or weights may depend on y, too, and are held fixed here.
+        leaf = y.view_as(y) if wanted and y.requires_grad else y.detach().requires_grad_()
         f = model.log_joint(leaf, sigma)
-        w = f.detach().softmax(1) if weights is None else per_class(weights, f)
-        return torch.autograd.grad((f * w).sum(), leaf)[0]
+        w = f.softmax(1) if weights is None else per_class(weights, f)
+        return torch.autograd.grad(f, leaf, w, create_graph=wanted)[0]
 
 
 def log_marginal(model: Joint, y: Tensor, sigma: Tensor | float) -> Tensor:
@@ -73,8 +85,10 @@ def log_marginal(model: Joint, y: Tensor, sigma: Tensor | float) -> Tensor:
     return model.log_joint(y, sigma).logsumexp(1)
 
 
-def posterior(model: Joint, y: Tensor, sigma: Tensor | float) -> Tensor:
-    """p(c | y), (B, K): softmax of the joint log-density over classes."""
+def posterior(model: Joint | HasPosterior, y: Tensor, sigma: Tensor | float) -> Tensor:
+    """p(c | y), (B, K): softmax of the joint log-density, or the class scores, over classes."""
+    if isinstance(model, HasPosterior):
+        return model.class_scores(y, sigma).softmax(1)
     return model.log_joint(y, sigma).softmax(1)
 
 

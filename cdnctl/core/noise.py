@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,60 @@ def sample_sigma(
 ) -> Tensor:
     """Random noise levels, (count,), in [low, high]: low + (high - low) * u^power, u uniform.
 
-    power = 1 is the uniform distribution; above 1 favours low noise.
+    power = 1 is the uniform distribution; above 1 favours low noise. Stratified: one u in each
+    of ``count`` equal parts of [0, 1], in random order, so that every batch holds all levels.
     """
-    u = torch.rand(count, generator=generator)
+    order = torch.randperm(count, generator=generator)
+    u = (order + torch.rand(count, generator=generator)) / count
     return low + (high - low) * u**power
+
+
+def clipped_mean(x: np.ndarray, sigma: float) -> np.ndarray:
+    """E[clip(x + sigma n, 0, 1)] with n standard normal, like x: what the mean of a file's samples
+    is where noise reaches the ends of their range. x in [0, 1]; sigma > 0 in the same unit."""
+    from scipy.special import ndtr
+
+    def density(t: np.ndarray) -> np.ndarray:
+        return np.exp(-t * t / 2) / (2 * np.pi) ** 0.5
+
+    low, high = -x / sigma, (1 - x) / sigma
+    inside = ndtr(high) - ndtr(low)
+    return x * inside + sigma * (density(low) - density(high)) + ndtr(-high)
+
+
+def without_clipping(mean: np.ndarray, sigma: float) -> np.ndarray:
+    """The x in [0, 1] whose `clipped_mean` is given, like ``mean``: what lies beyond the means
+    that clipped noise can have comes out as 0 or 1."""
+    grid = np.linspace(0, 1, 4097)
+    return np.interp(mean, clipped_mean(grid, sigma), grid).astype(mean.dtype)
+
+
+def ends(y: np.ndarray, window: int = 9) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the samples of y, (H, W, C) in [0, 1], that lie at 0 and at 1, in squares of
+    ``window`` pixels around each; like y."""
+    from scipy.ndimage import uniform_filter
+
+    size = (window, window, 1)
+    low, high = (uniform_filter(at.astype(np.float32), size) for at in (y <= 0, y >= 1))
+    return low, high
+
+
+def unclipped(
+    denoised: np.ndarray, sigma: float, shares: tuple[np.ndarray, np.ndarray], step: float
+) -> np.ndarray:
+    """A denoised picture, (H, W, C), without what clipped noise did to its blacks and whites.
+
+    Where noise was cut off at the ends of the range, a denoiser of white noise finds the mean of
+    what was left: gray for black. ``shares`` of samples at the ends, from `ends`, tell where it
+    was: if there are at least half as many as such noise leaves there, the mean is inverted, and if
+    there are fewer, only in part. step: the distance of two values that a sample can have.
+    """
+    from scipy.special import ndtr
+
+    x = without_clipping(denoised, sigma)
+    near = np.minimum(x, 1 - x)  # to the end that matters
+    share = np.where(x < 0.5, *shares)
+    expected = ndtr((step / 2 - near) / sigma)
+    few = 0.01  # samples of a window that prove nothing
+    weight = np.minimum(2 * (share + few) / (expected + 2 * few), 1)
+    return (denoised + weight * (x - denoised)).astype(denoised.dtype)

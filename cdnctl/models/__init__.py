@@ -11,9 +11,10 @@ from typing import NamedTuple
 from cdnctl.errors import ConfigError
 from cdnctl.models.baselines import Classifier, UNet
 from cdnctl.models.gradresnet import GradResNet
-from cdnctl.models.trunk import NetConfig, Network, Weights
+from cdnctl.models.hybrid import Hybrid
+from cdnctl.models.trunk import NetConfig, Network, Weights, Whole
 
-__all__ = ["REGISTRY", "Architecture", "NetConfig", "Network", "Weights", "architecture"]
+__all__ = ["REGISTRY", "Architecture", "NetConfig", "Network", "Weights", "Whole", "architecture"]
 
 
 class Architecture(NamedTuple):
@@ -25,6 +26,7 @@ class Architecture(NamedTuple):
 
 REGISTRY: Mapping[str, Architecture] = {
     "gradresnet": Architecture(NetConfig, GradResNet),
+    "hybrid": Architecture(NetConfig, Hybrid),
     "classifier": Architecture(NetConfig, Classifier),
     "unet": Architecture(NetConfig, UNet),
 }

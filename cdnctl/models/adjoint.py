@@ -27,8 +27,8 @@ from torch import Tensor, nn
 Adjoint = Callable[[Tensor], Tensor]
 
 
-def _stat_dtype(x: Tensor) -> torch.dtype:
-    """Statistics of half-precision features are taken in float32."""
+def stat_dtype(x: Tensor) -> torch.dtype:
+    """The dtype for statistics: of half-precision features they are taken in float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -102,7 +102,7 @@ class PixelNorm(Norm):
         """The norm without its gain, and the adjoint of that."""
         # Sums, not means: autograd would spread a mean over all channels, out of channels-last.
         share = 1 / x.shape[1]
-        wide = x.to(_stat_dtype(x))
+        wide = x.to(stat_dtype(x))
         rstd = (wide.square().sum(1, keepdim=True) * share + self.eps).rsqrt()
 
         def adjoint(g: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class GroupNorm(Norm):
         b, c, h, w = x.shape
         split = (b, self.groups, c // self.groups, h, w)
         axes = (2, 3, 4)
-        wide = x.to(_stat_dtype(x)).view(split)
+        wide = x.to(stat_dtype(x)).view(split)
         centred = wide - wide.mean(axes, keepdim=True)
         rstd = (centred.square().mean(axes, keepdim=True) + self.eps).rsqrt()
         n = centred * rstd
@@ -236,6 +236,6 @@ class QuadraticForm(nn.Module):
 
     def energy(self, x: Tensor) -> Tensor:
         """Value of the form, (B,), summed over pixels in at least float32."""
-        x = x.to(_stat_dtype(x))
+        x = x.to(stat_dtype(x))
         squares = F.conv2d(x, self.weight.to(x.dtype)).square() * self.sign.to(x.dtype)
         return 0.5 * squares.sum((1, 2, 3))

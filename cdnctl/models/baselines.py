@@ -6,11 +6,10 @@ comparison shows is the price of doing both jobs in one network.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.nn.functional import conv_transpose2d, pixel_shuffle
+from torch import Tensor
 
-from cdnctl.models.adjoint import Chain, Conv
-from cdnctl.models.trunk import NetConfig, Network, Normalised, Weights, make_blocks, mixture
+from cdnctl.models.hybrid import Decoder
+from cdnctl.models.trunk import NetConfig, Network, Normalised, Weights, Whole, mixture
 
 
 class Classifier(Network):
@@ -30,13 +29,13 @@ class Classifier(Network):
         y: Tensor,
         sigma: Tensor | float,
         weights: Weights = None,
-        cells: int | None = None,
+        whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """sigma^2 sum_c w_c grad_y l_c, like y, and the class scores."""
         n = Normalised(y, sigma, self.config.multiple)
         features, adjoint = self.trunk(n, self.compute_dtype)
-        logits, head_adjoint = self.head(features[-1], cells)
-        pull = [None] * (len(features) - 1) + [head_adjoint(mixture(weights, logits))]
+        logits, head_adjoint = self.head(features[-1], whole)
+        pull = [None] * (len(features) - 1) + [head_adjoint(mixture(weights, logits, whole))]
         g = adjoint(pull)[..., : y.shape[2], : y.shape[3]].to(y.dtype)
         return n.sigma.square() / n.tau * g, logits
 
@@ -48,56 +47,29 @@ class Classifier(Network):
 
 
 class UNet(Network):
-    """Score alone: the GradResNet's trunk, then a decoder with weights of its own.
-
-    The decoder mirrors the trunk's adjoint layer by layer (transposed stem and
-    strided convolutions, as many residual blocks, 1x1 side connections), so it
-    has the same number of multiply-adds as the GradResNet's gradient.
-    """
+    """Score alone: the GradResNet's trunk, then a decoder with weights of its own."""
 
     classifies = False
+    mixes = False
 
     def __init__(self, config: NetConfig):
         super().__init__(config)
         del self.head
-        last = len(config.widths) - 1
-        self.blocks = nn.ModuleList(
-            Chain(*make_blocks(config, w, n))
-            for w, n in zip(config.widths, config.blocks, strict=True)
-        )
-        self.skips = nn.ModuleList(Conv(w, w, 1) for w in config.widths)
-        self.ups = nn.ModuleList(
-            Conv(config.widths[i], config.widths[i + 1], config.down, stride=2) for i in range(last)
-        )
-        self.out = Conv(config.channels * config.unshuffle**2, config.widths[0], 3, gain=0.1)
+        self.decoder = Decoder(config)
 
     def correction(
         self,
         y: Tensor,
         sigma: Tensor | float,
         weights: Weights = None,
-        cells: int | None = None,
+        whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """sigma^2 score, like y, and constant class scores, (B, K): every class is as likely.
 
-        The learnt score knows no classes: ``weights`` and ``cells`` change nothing.
+        The learnt score knows no classes: ``weights`` and ``whole`` change nothing.
         """
         logits = y.new_zeros(y.shape[0], self.num_classes)
-        mixture(weights, logits)
+        mixture(weights, logits, whole)
         n = Normalised(y, sigma, self.config.multiple)
         features = list(self.trunk.encode(n, self.compute_dtype))
-        h: Tensor | None = None
-        for i in reversed(range(len(features))):
-            skip = self.skips[i](features.pop())[0]
-            h = skip if h is None else skip + _transposed(self.ups[i], h)
-            h = self.blocks[i](h)[0]
-        assert h is not None
-        g = pixel_shuffle(_transposed(self.out, h).to(n.z.dtype), self.config.unshuffle)
-        return n.correction(g), logits
-
-
-def _transposed(conv: nn.Module, x: Tensor) -> Tensor:
-    """Transposed convolution with the weights of a ``Conv``."""
-    assert isinstance(conv, Conv)
-    w = conv.weight.to(x.dtype)
-    return conv_transpose2d(x, w, stride=conv.stride, padding=conv.padding)
+        return n.correction(self.decoder(features).to(n.z.dtype)), logits

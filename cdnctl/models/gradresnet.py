@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cdnctl.models.adjoint import QuadraticForm
-from cdnctl.models.trunk import PRIOR_STD, NetConfig, Network, Normalised, Weights, mixture
+from cdnctl.models.trunk import PRIOR_STD, NetConfig, Network, Normalised, Weights, Whole, mixture
 
 
 class GradResNet(Network):
@@ -57,13 +57,13 @@ class GradResNet(Network):
         y: Tensor,
         sigma: Tensor | float,
         weights: Weights = None,
-        cells: int | None = None,
+        whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """sigma^2 sum_c w_c s_c(y) by the trunk's adjoint, and the class scores."""
         n = Normalised(y, sigma, self.config.multiple)
         features, adjoint = self.trunk(n, self.compute_dtype)
-        logits, head_adjoint = self.head(features[-1], cells)
-        w = mixture(weights, logits)
+        logits, head_adjoint = self.head(features[-1], whole)
+        w = mixture(weights, logits, whole)
         total = w.sum(1).view(-1, 1, 1, 1)
 
         # The cotangent of every stage's features: its side connection's gradient,

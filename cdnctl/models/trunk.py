@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,15 @@ from cdnctl.models.adjoint import (
     PixelNorm,
     Residual,
     init_normal,
+    stat_dtype,
 )
 
 PRIOR_STD = 0.25  # s0: about the standard deviation of the pixels of natural images
 MIN_SIGMA = 1e-4  # below this (0.03 of 255) a noise level is treated as this one
 
 MAX_STAGES, MAX_BLOCKS = 10, 100
+
+HALF = (torch.float16, torch.bfloat16)
 
 Weights = Tensor | Callable[[Tensor], Tensor] | None
 
@@ -42,7 +45,11 @@ class NetConfig:
     ``down`` is the kernel of the strided convolution between stages: 2 or 4.
     ``side`` is the rank of a stage's quadratic side connection as a multiple of
     its width (0: only the last stage enters the energy). ``head`` is the width
-    of the hidden layer in front of the class scores.
+    of the hidden layer in front of the class scores. ``decoder`` gives the blocks of a
+    decoder with weights of its own, one entry per stage (none: as many as ``blocks``).
+    ``constant`` gives the stem a channel of ones beside the noise level: without it all
+    features vanish where the picture is mid-gray and the noise low, and the gradient of
+    their norm has no bound there.
     """
 
     num_classes: int = 10
@@ -56,16 +63,24 @@ class NetConfig:
     down: int = 4
     side: float = 1.0
     head: int = 512
+    decoder: tuple[int, ...] = ()
+    constant: bool = False
 
     def __post_init__(self) -> None:
         if not self.widths or len(self.widths) != len(self.blocks):
             raise ValueError(
                 f"widths {self.widths} and blocks {self.blocks} need one entry per stage each"
             )
-        # Modules cost time and memory even before their tensors do.
-        if len(self.widths) > MAX_STAGES or max(self.blocks) > MAX_BLOCKS:
+        if self.decoder and len(self.decoder) != len(self.widths):
             raise ValueError(
-                f"{len(self.widths)} widths with up to {max(self.blocks)} blocks each, but "
+                f"decoder {self.decoder} needs one entry per stage, of which there are "
+                f"{len(self.widths)}, or none at all"
+            )
+        # Modules cost time and memory even before their tensors do.
+        most = max((*self.blocks, *self.decoder))
+        if len(self.widths) > MAX_STAGES or most > MAX_BLOCKS:
+            raise ValueError(
+                f"{len(self.widths)} widths with up to {most} blocks each, but "
                 f"{MAX_STAGES} widths and {MAX_BLOCKS} blocks are the most that is supported"
             )
         for name, value, known in (
@@ -76,7 +91,11 @@ class NetConfig:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, but must be one of {known}")
         sizes = (self.num_classes, self.channels, self.unshuffle, self.groups, self.head)
-        if min(*sizes, *self.widths) < 1 or min(self.blocks) < 0 or not 0 <= self.side < inf:
+        if (
+            min(*sizes, *self.widths) < 1
+            or min((*self.blocks, *self.decoder)) < 0
+            or not 0 <= self.side < inf
+        ):
             raise ValueError(f"sizes must be positive: {self}")
         if self.norm == "group" and any(w % self.groups for w in self.widths):
             raise ValueError(f"widths {self.widths} must be multiples of groups {self.groups}")
@@ -108,17 +127,21 @@ class NetConfig:
     def receptive_radius(self) -> int:
         """Farthest distance in pixels at which an input pixel moves a denoised one.
 
-        Encoder and decoder (or adjoint) each reach as far as the trunk does.
+        The encoder reaches as far as its blocks do, and so does its adjoint, or the decoder.
         Class scores, means over the whole picture, are not counted; nor is group norm.
         """
+        ways = [self._reach(self.blocks), self._reach(self.decoder or self.blocks)]
+        return ways[0] + max(ways)
+
+    def _reach(self, blocks: tuple[int, ...]) -> int:
         cell = self.unshuffle
         reach = 2 * cell - 1
-        for i, blocks in enumerate(self.blocks):
+        for i, count in enumerate(blocks):
             if i > 0:
                 reach += (self.down // 2) * cell
                 cell *= 2
-            reach += 2 * blocks * cell
-        return 2 * reach
+            reach += 2 * count * cell
+        return reach
 
     @property
     def margin(self) -> int:
@@ -154,10 +177,22 @@ class Normalised:
         return (self.sigma * PRIOR_STD / self.tau) * g - prior
 
 
-def mixture(weights: Weights, logits: Tensor) -> Tensor:
+class Whole(NamedTuple):
+    """The picture that a tile is part of: a tile's own class scores are not those of it."""
+
+    cells: int  # positions of the last stage
+    posterior: Tensor  # p(c | picture), (K,)
+
+
+def posterior_of(logits: Tensor, whole: Whole | None) -> Tensor:
+    """p(c | picture), (B, K), by the class scores of it, or of the picture that these are from."""
+    return logits.softmax(1) if whole is None else per_class(whole.posterior, logits)
+
+
+def mixture(weights: Weights, logits: Tensor, whole: Whole | None) -> Tensor:
     """Class weights (B, K): given, computed from the class scores, or the posterior."""
     if weights is None:
-        return logits.softmax(1)
+        return posterior_of(logits, whole)
     return per_class(weights(logits) if callable(weights) else weights, logits)
 
 
@@ -191,7 +226,8 @@ class Trunk(nn.Module):
     def __init__(self, config: NetConfig):
         super().__init__()
         self.config = config
-        self.stem = Conv(config.channels * config.unshuffle**2 + 1, config.widths[0], 3)
+        extra = 2 if config.constant else 1
+        self.stem = Conv(config.channels * config.unshuffle**2 + extra, config.widths[0], 3)
         stages = []
         for i, (width, count) in enumerate(zip(config.widths, config.blocks, strict=True)):
             down = [Conv(config.widths[i - 1], width, config.down, stride=2)] if i else []
@@ -199,11 +235,14 @@ class Trunk(nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def folded(self, n: Normalised, dtype: torch.dtype | None) -> Tensor:
-        """What the stem reads: squares of z as channels, and the noise level as one more."""
+        """What the stem reads: squares of z as channels, then the noise level, then the ones."""
         h = F.pixel_unshuffle(n.z, self.config.unshuffle)
         # The noise level in the unit of z: the standard deviation of z's noise.
         level = (n.sigma / n.tau).expand(h.shape[0], 1, *h.shape[-2:])
-        h = torch.cat([h, level], 1).to(dtype or h.dtype)
+        weight = self.stem.weight.dtype
+        dtype = dtype or (weight if weight in HALF else h.dtype)
+        extra = [level, torch.ones_like(level)] if self.config.constant else [level]
+        h = torch.cat([h, *extra], 1).to(dtype)
         return h.contiguous(memory_format=torch.channels_last)
 
     def encode(self, n: Normalised, dtype: torch.dtype | None) -> Iterator[Tensor]:
@@ -237,7 +276,8 @@ class Trunk(nn.Module):
                 if g is not None:
                     g = adjoints.pop()(g)
             assert g is not None, "the last stage always has a cotangent"
-            folded = stem_adjoint(g)[:, :-1]  # all channels but the noise level
+            pixels = self.config.channels * self.config.unshuffle**2
+            folded = stem_adjoint(g)[:, :pixels]  # not the noise level, nor the ones
             return F.pixel_shuffle(folded.to(n.z.dtype), self.config.unshuffle)
 
         return features, run
@@ -259,33 +299,43 @@ class ClassHead(nn.Module):
         init_normal(self.linear.weight, config.head**-0.5)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, h: Tensor, cells: int | None = None) -> tuple[Tensor, Adjoint]:
+    def forward(self, h: Tensor, whole: Whole | None = None) -> tuple[Tensor, Adjoint]:
         """(B, K) class scores, and the adjoint: (B, K) weights to a cotangent of h.
 
-        cells: positions of h over the whole picture, if h is of a part of it: a mean
-        over the picture has a smaller gradient than one over the part.
+        whole: the picture, if h is of a part of it: a mean over the picture has a smaller
+        gradient than one over the part.
         """
         top, adjoint = self.features(h)
-        logits = self.linear(top.to(self.linear.weight.dtype).mean((2, 3)))
+        logits = self.scores(top.to(stat_dtype(top)).mean((2, 3)))
 
         def run(w: Tensor) -> Tensor:
-            count = cells or top.shape[2] * top.shape[3]
-            weight = self.linear.weight
-            g = (w.to(weight.dtype) @ weight)[:, :, None, None] / count
+            count = top.shape[2] * top.shape[3] if whole is None else whole.cells
+            g = (w @ self.linear.weight.to(w.dtype))[:, :, None, None] / count
             return adjoint(g.to(top.dtype).expand_as(top))
 
         return logits, run
+
+    def scores(self, mean: Tensor) -> Tensor:
+        """(B, K) class scores of the mean features (B, F), as precise as the better of the
+        mean and the weights."""
+        weight, bias = self.linear.weight, self.linear.bias
+        wide = torch.promote_types(mean.dtype, weight.dtype)
+        return F.linear(mean.to(wide), weight.to(wide), bias.to(wide))
 
 
 class Network(nn.Module):
     """What every architecture offers: a correction towards the clean picture, and class scores.
 
-    ``compute_dtype`` is the precision of the trunk (None: that of the input); the
-    input, the output, the class scores and energies stay at the input's.
+    ``compute_dtype`` is the precision of the trunk (None: that of weights in half
+    precision, else that of the input); the input, the output, the class scores and
+    energies stay at the input's.
     """
 
     denoises: ClassVar[bool] = True
     classifies: ClassVar[bool] = True
+    # Whether the score of p(y) itself passes through p(c | y): then a tile needs the class
+    # scores of its whole picture.
+    mixes: ClassVar[bool] = True
 
     def __init__(self, config: NetConfig):
         super().__init__()
@@ -295,25 +345,19 @@ class Network(nn.Module):
         self.trunk = Trunk(config)
         self.head = ClassHead(config)
 
-    def log_joint(self, y: Tensor, sigma: Tensor | float) -> Tensor:
-        """f_c(y) = log p_sigma(y, c) up to a constant: (B, C, H, W) -> (B, K), in nats."""
-        raise TypeError(f"{type(self).__name__} has no density")
-
     def correction(
         self,
         y: Tensor,
         sigma: Tensor | float,
         weights: Weights = None,
-        cells: int | None = None,
+        whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """sigma^2 sum_c w_c s_c(y), like y, and the class scores l_c, (B, K), in one pass.
 
         y: (B, C, H, W) in [0, 1] plus noise. sigma: float or (B,), in [0, 1] pixel
         units. weights: mixture of class-conditional scores, (B, K) or (K,), or a
         function that gives them from the class scores (None: the posterior, which
-        gives the unconditional score). cells: for a tile of a larger picture, the
-        number of last-stage positions of the whole (give ``weights`` too: the class
-        scores of a tile are not those of the picture).
+        gives the unconditional score). whole: for a tile, the picture that it is part of.
         """
         raise TypeError(f"{type(self).__name__} does not define its correction")
 
@@ -343,5 +387,4 @@ class Network(nn.Module):
         They are exact where the joint density is not: beside its energy, of the order of
         1 / sigma^2, the differences between classes drown in rounding.
         """
-        scores: Tensor = self.head.linear(self.class_features(y, sigma).mean((2, 3)))
-        return scores
+        return self.head.scores(self.class_features(y, sigma).mean((2, 3)))

@@ -22,6 +22,12 @@ class DataConfig:
     labelled_share: float = 0.5  # of a batch, where both kinds of pictures are there
     shift: int = 0  # labelled crops may reach this many pixels over the edge (reflected)
     rotate: bool = True  # quarter turns for unlabelled pictures; flips are always on
+    class_batch: int = 0  # pictures per step for the class loss alone, besides ``batch``
+    class_patch: int = 64  # side of their crops
+    # Pictures with a shorter side are thumbnails: compressed too hard to be clean targets, they
+    # are for the class loss alone (0: none are; else class_batch draws from them).
+    thumbnail: int = 0
+    flats: float = 0.0  # share of the crops replaced by flat colours and gradients
     holdout: int = 500  # pictures kept out for validation where a dataset has no val/ folder
 
 
@@ -48,7 +54,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Warm-up, cosine decay to zero, averaged weights, guarded steps.
+    """Warm-up, decay to zero, averaged weights, guarded steps.
+
+    ``schedule`` cosine, or linear: constant, then falling over the last ``decay`` of the
+    steps, so that a run that has not begun to fall can be given more or fewer steps.
 
     ``kind`` adamw, or muon: momentum made orthogonal for convolutions (Jordan 2024, scaled
     to AdamW's step size as by Liu et al. 2025, arXiv 2502.16982), AdamW for the rest.
@@ -58,6 +67,8 @@ class OptimConfig:
     steps: int = 100_000
     lr: float = 2e-3
     warmup: int = 500
+    schedule: str = "cosine"
+    decay: float = 0.3  # share of the steps over which a linear schedule falls
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     ema: float = 0.999
@@ -112,7 +123,7 @@ def parse(raw: Mapping[str, Any]) -> TrainConfig:
         if key != "name" and not isinstance(value, Mapping):
             raise ConfigError(f"{key} is {value!r}, but must be a section, [{key}]")
         if key == "name" and not isinstance(value, str):
-            raise ConfigError(f"name is {value!r}, but must be of type {str}")
+            raise ConfigError(f"name is {value!r}, but must be text")
     parts: dict[str, Any] = {k: build(cls, raw.get(k, {}), k) for k, cls in sections.items()}
     model = {"arch": "gradresnet"} | dict(raw.get("model", {}))
     shape = {k: v for k, v in model.items() if k != "arch"}
@@ -130,6 +141,10 @@ def _check(c: TrainConfig) -> None:
         ("data.batch", c.data.batch, 1, 65536),
         ("data.labelled_share", c.data.labelled_share, 0, 1),
         ("data.shift", c.data.shift, 0, 4096),
+        ("data.class_batch", c.data.class_batch, 0, 65536),
+        ("data.class_patch", c.data.class_patch, 1, 4096),
+        ("data.thumbnail", c.data.thumbnail, 0, 4096),
+        ("data.flats", c.data.flats, 0, 1),
         ("data.holdout", c.data.holdout, 0, 10**9),
         ("noise.low", c.noise.low, 0, c.noise.high),
         ("noise.high", c.noise.high, c.noise.low, 255),
@@ -143,6 +158,7 @@ def _check(c: TrainConfig) -> None:
         ("optim.steps", c.optim.steps, 1, 10**9),
         ("optim.lr", c.optim.lr, 0, 1e9),
         ("optim.warmup", c.optim.warmup, 0, 10**9),
+        ("optim.decay", c.optim.decay, 0, 1),
         ("optim.weight_decay", c.optim.weight_decay, 0, 1e9),
         ("optim.betas", min(c.optim.betas), 0, 1 - 1e-9),
         ("optim.betas", max(c.optim.betas), 0, 1 - 1e-9),
@@ -159,6 +175,13 @@ def _check(c: TrainConfig) -> None:
             raise ConfigError(f"{name} is {value}, but must lie between {low} and {high}")
     if c.optim.kind not in ("adamw", "muon"):
         raise ConfigError(f"optim.kind is {c.optim.kind!r}, but must be adamw or muon")
+    if c.optim.schedule not in ("cosine", "linear"):
+        raise ConfigError(f"optim.schedule is {c.optim.schedule!r}, but must be cosine or linear")
+    if c.data.thumbnail and not c.data.class_batch and c.loss.classes:
+        raise ConfigError(
+            f"data.thumbnail is {c.data.thumbnail}, but data.class_batch is 0: say how many "
+            "thumbnails a step is to learn classes from"
+        )
     if c.run.precision not in ("auto", "float32", "tf32", "bfloat16"):
         raise ConfigError(
             f"run.precision is {c.run.precision!r}, but must be auto, float32, tf32 or bfloat16"

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -254,6 +254,7 @@ class Batch:
     told: Tensor  # (B,): sigma, or for some pictures a quarter of it to all of it
     labels: Tensor  # (B,) int64, -1 unlabelled
     condition: Tensor  # (B,) bool
+    lesson: Batch | None = None  # pictures for the class loss alone; then these have no part in it
 
 
 class Batches:
@@ -267,14 +268,23 @@ class Batches:
         # On the host: reading these back from a GPU at every step would stall it.
         self.labels, self.sizes = pictures.labels.cpu(), pictures.sizes.cpu()
         labelled = self.labels >= 0
-        self.pools = [labelled.nonzero().flatten(), (~labelled).nonzero().flatten()]
-        share = data.labelled_share
-        count = round(data.batch * share)
+        small = self.sizes.amin(1) < data.thumbnail
+        lesson = labelled & small if data.thumbnail else labelled
+        # Three pools: labelled and unlabelled pictures, and those for the class loss alone.
+        self.pools = [
+            pool.nonzero().flatten() for pool in (labelled & ~small, ~labelled & ~small, lesson)
+        ]
+        count = round(data.batch * data.labelled_share)
         if not len(self.pools[0]):
             count = 0
         if not len(self.pools[1]):
             count = data.batch
-        self.counts = [count, data.batch - count]
+        if not len(self.pools[0]) + len(self.pools[1]):
+            raise UsageError(
+                f"no picture has a shorter side of data.thumbnail = {data.thumbnail} pixels: "
+                "there is nothing to learn denoising from"
+            )
+        self.counts = [count, data.batch - count, data.class_batch if len(self.pools[2]) else 0]
         self._orders: dict[tuple[int, int], Tensor] = {}
 
     def _generator(self, *key: int) -> torch.Generator:
@@ -300,9 +310,21 @@ class Batches:
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Batch of a step; process ``rank`` of ``world`` gets its share of the rows."""
+        rows = slice(rank, None, world)
         g = self._generator(0, step)
         which = torch.cat([self._draw(0, step), self._draw(1, step)])
-        b, p, device = len(which), self.data.patch, self.pictures.buffer.device
+        batch = self._rows(which, self.data.patch, g, rows)
+        if self.data.flats:
+            batch = replace(batch, clean=self._with_flats(batch.clean, g, len(which), rows))
+        if self.counts[2]:
+            g = self._generator(-1, step)
+            lesson = self._rows(self._draw(2, step), self.data.class_patch, g, rows)
+            batch = replace(batch, lesson=lesson)
+        return batch
+
+    def _rows(self, which: Tensor, p: int, g: torch.Generator, rows: slice) -> Batch:
+        """Random crops of p x p pixels, their noise and labels; some rows of all."""
+        b, device = len(which), self.pictures.buffer.device
         labels = self.labels[which]
         labelled = labels >= 0
         sizes = self.sizes[which]
@@ -321,7 +343,6 @@ class Batches:
             noise = torch.randn(b, 3, p, p, generator=on_device, device=device)
         short = torch.rand(b, generator=g) < self.noise.mismatch
         told = torch.where(short, sigma * (0.25 + 0.75 * torch.rand(b, generator=g)), sigma)
-        rows = slice(rank, None, world)
         whole = torch.stack([which, *corner.unbind(1), turn, labels, condition.long()])
         which, top, left, turn, labels, on = _send(whole[:, rows], device).unbind()
         sigma, told = _send(torch.stack([sigma, told])[:, rows], device).unbind()
@@ -333,6 +354,17 @@ class Batches:
             labels=labels,
             condition=on.bool(),
         )
+
+    def _with_flats(self, clean: Tensor, g: torch.Generator, count: int, rows: slice) -> Tensor:
+        """Crops, some of them replaced by a flat colour or a linear gradient of colours."""
+        chosen = torch.rand(count, generator=g) < self.data.flats
+        colour = torch.rand(count, 3, 1, 1, generator=g)
+        slopes = torch.rand(2, count, 3, 1, 1, generator=g) - 0.5
+        slopes *= torch.rand(count, 1, 1, 1, generator=g) < 0.5  # the others are flat
+        ramp = torch.linspace(-1, 1, clean.shape[-1])
+        flat = colour + slopes[0] * ramp + slopes[1] * ramp[:, None]
+        drawn = _send(flat.clamp(0, 1)[rows], clean.device)
+        return torch.where(_send(chosen[rows], clean.device).view(-1, 1, 1, 1), drawn, clean)
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -36,7 +36,7 @@ from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
 from cdnctl.errors import SetupError, UsageError
-from cdnctl.models import Network
+from cdnctl.models import Network, Weights
 from cdnctl.training.config import LossConfig, TrainConfig, override, parse
 from cdnctl.training.data import Batch, Batches, Pictures, fingerprint, load_datasets
 from cdnctl.training.state import STATE, TrainState, read_run
@@ -51,7 +51,9 @@ CHANGEABLE = (  # keys of the config that may be set anew when a run goes on
     "run.validate_every",
     "run.checkpoint_every",
 )
+EXTENDABLE = ("optim.steps", "optim.decay")  # too, while a linear schedule is still constant
 VALIDATION_PIXELS = 2**22  # that a GPU works on at once
+VALIDATION_PATCH = 128  # side of the crops of pictures that are no thumbnails
 
 Objective = Callable[[Network, Batch, LossConfig], tuple[Tensor, Tensor]]
 
@@ -85,26 +87,41 @@ class Outcome:
 
 
 def losses(model: Network, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Score matching and cross-entropy per picture, (B,) each; the latter 0 where unlabelled."""
-    one_hot = F.one_hot(batch.labels.clamp_min(0), model.num_classes)
+    """Score matching and cross-entropy per picture; the latter 0 where unlabelled.
 
-    def weights(logits: Tensor) -> Tensor:
-        p = logits.softmax(1)
-        return torch.where(batch.condition[:, None], one_hot.to(p.dtype), p)
+    (B,) each, the cross-entropy of the batch's own lesson where it has one.
+    """
+    weights: Weights = None
+    if config.conditional:
+        one_hot = F.one_hot(batch.labels.clamp_min(0), model.num_classes)
 
-    noisy = batch.clean + batch.sigma.view(-1, 1, 1, 1) * batch.noise
-    denoised, logits = model(noisy, batch.told, weights)
+        def weights(logits: Tensor) -> Tensor:
+            p = logits.softmax(1)
+            return torch.where(batch.condition[:, None], one_hot.to(p.dtype), p)
+
+    denoised, logits = model(_noisy(batch), batch.told, weights)
     # A noise level of zero has no score to match; 1/255 bounds the weight.
     sigma = batch.sigma.clamp_min(1 / 255)
     matching = score_matching(denoised, batch.clean, sigma, config.score_power)
-    return matching, cross_entropy(logits, batch.labels, config.smoothing)
+    lesson = batch.lesson
+    if lesson is None:
+        return matching, cross_entropy(logits, batch.labels, config.smoothing)
+    logits = model.class_scores(_noisy(lesson), lesson.told)
+    return matching, cross_entropy(logits, lesson.labels, config.smoothing)
+
+
+def _noisy(batch: Batch) -> Tensor:
+    return batch.clean + batch.sigma.view(-1, 1, 1, 1) * batch.noise
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then cosine to zero."""
+    """Linear warm-up, then cosine to zero, or constant and then linear to zero."""
     o = config.optim
     if step < o.warmup:
         return o.lr * (step + 1) / o.warmup
+    if o.schedule == "linear":
+        fall = max(1, round(o.decay * o.steps))
+        return o.lr * min(1.0, max(0, o.steps - step) / fall)
     phase = (step - o.warmup) / max(1, o.steps - o.warmup)
     return o.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, phase)))
 
@@ -150,9 +167,11 @@ def loss_and_gradients(
     """
     parameters = list(model.parameters())
     rows = config.data.batch
+    learners = config.data.class_batch if batch.lesson is not None else rows
     try:
         matching, entropy = objective(model, batch, config.loss)
-        loss = (config.loss.score * matching + config.loss.classes * entropy).sum() / rows
+        parts = torch.stack([matching.sum() / rows, entropy.sum() / learners])
+        loss = config.loss.score * parts[0] + config.loss.classes * parts[1]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     except TorchDynamoException as error:
         reason = " ".join(str(error).strip().splitlines()[:2])
@@ -161,7 +180,7 @@ def loss_and_gradients(
             "install a C++ compiler (g++) and, for a GPU, triton; or set compile = false under "
             "[run] in the config"
         ) from None
-    parts = torch.stack([loss, matching.sum() / rows, entropy.sum() / rows]).detach()
+    parts = torch.cat([loss[None], parts]).detach()
     return parts, [_like(p, g) for p, g in zip(parameters, gradients, strict=True)]
 
 
@@ -226,13 +245,15 @@ def train(
     before: dict[str, Any] | None = None  # what a run that goes on said of itself
     if config is None:
         before = read_run(place)
-        _check_settings(folder, settings)
         config = parse(before["config"])
+        _check_settings(folder, settings, config, before["state"]["step"])
         datasets = datasets or [Path(p) for p in before["datasets"]]
     config = override(config, settings)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if config.data.batch % world:
-        raise UsageError(f"data.batch {config.data.batch} is no multiple of {world} processes")
+    for key in ("batch", "class_batch"):
+        rows = getattr(config.data, key)
+        if rows % world:
+            raise UsageError(f"data.{key} {rows} is no multiple of {world} processes")
 
     pictures, held = load_datasets(datasets, config.data, device)
     header = make_header(config, pictures, datasets)
@@ -325,13 +346,17 @@ def train(
     return Outcome(folder, state.step, state.step >= config.optim.steps)
 
 
-def _check_settings(folder: Path, settings: Sequence[str]) -> None:
+def _check_settings(folder: Path, settings: Sequence[str], config: TrainConfig, step: int) -> None:
     """UsageError if a setting would make another run of one that goes on."""
+    changeable = list(CHANGEABLE)
+    full = learning_rate(config.optim.warmup, config)
+    if config.optim.schedule == "linear" and learning_rate(step, config) == full:
+        changeable += EXTENDABLE
     for setting in settings:
-        if setting.partition("=")[0].strip() not in CHANGEABLE:
+        if setting.partition("=")[0].strip() not in changeable:
             raise UsageError(
                 f"{setting!r} would make another run of {str(folder)!r}: a run that goes on "
-                f"takes {', '.join(CHANGEABLE)}"
+                f"takes {', '.join(changeable)}"
             )
 
 
@@ -419,39 +444,52 @@ def validate(state: TrainState, held: Pictures, config: TrainConfig) -> dict[str
     _copy_into(model, state.ema)
     try:
         result: dict[str, float] = {}
-        patch, size, device = config.data.patch, config.data.batch, held.buffer.device
+        size = config.data.batch
         count = max(1, len(held) // size)
         draw = Batches(held, config.data, config.noise, config.loss, seed=1)
         parts = [losses(model, draw(i), config.loss) for i in range(count)]
         matching, entropy = (torch.cat(p).mean().item() for p in zip(*parts, strict=True))
         result["loss"] = config.loss.score * matching + config.loss.classes * entropy
 
-        if device.type != "cpu":
-            size = max(size, VALIDATION_PIXELS // patch**2)
-        everyone = torch.arange(len(held), device=device)
-        corner = (held.sizes - patch) // 2
-        labels = held.labels.cpu()
-        labelled = labels >= 0
-        known = bool(labelled.any())
+        # Thumbnails tell classes and nothing of denoising, large pictures the reverse.
+        small = held.sizes.amin(1) < config.data.thumbnail
+        labelled = held.labels >= 0
+        pupils = (labelled & small if config.data.thumbnail else labelled).nonzero().flatten()
+        targets = (~small).nonzero().flatten()
+        patch = VALIDATION_PATCH if config.data.thumbnail else config.data.patch
+        lesson = config.data.class_patch if config.data.class_batch else config.data.patch
         for level in config.run.validate_sigmas:
-            generator = torch.Generator(device).manual_seed(0)
-            scores, outputs = [], []
-            for which in everyone.split(size):
-                clean = held.crops(
-                    which, corner[which, 0], corner[which, 1], torch.zeros_like(which), patch
-                )
-                denoised, logits = model(add_noise(clean, level / 255, generator), level / 255)
-                # On the host: MPS knows no float64.
-                scores.append(psnr(denoised.clamp(0, 1).cpu(), clean.cpu()))
-                outputs.append(logits.cpu())
             if model.denoises:
+                scores = [
+                    # On the host: MPS knows no float64.
+                    psnr(denoised.clamp(0, 1).cpu(), clean.cpu())
+                    for clean, denoised, _ in _looked_at(model, held, targets, patch, level, size)
+                ]
                 result[f"psnr_{level:g}"] = torch.cat(scores).mean().item()
-            if model.classifies and known:
-                logits = torch.cat(outputs)[labelled]
-                result[f"accuracy_{level:g}"] = accuracy(logits, labels[labelled])
+            if model.classifies and len(pupils):
+                logits = torch.cat(
+                    [c.cpu() for _, _, c in _looked_at(model, held, pupils, lesson, level, size)]
+                )
+                result[f"accuracy_{level:g}"] = accuracy(logits, held.labels[pupils].cpu())
         return result
     finally:
         _copy_into(model, trained)
+
+
+def _looked_at(
+    model: Network, held: Pictures, which: Tensor, patch: int, level: float, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Centre crops of pictures, denoised, and their class scores, in batches; the noise is the
+    same each time."""
+    generator = torch.Generator(held.buffer.device).manual_seed(0)
+    if held.buffer.device.type != "cpu":
+        size = max(size, VALIDATION_PIXELS // patch**2)
+    for part in which.split(size):
+        sizes = held.sizes[part]
+        corner = (sizes - patch) // 2
+        clean = held.crops(part, corner[:, 0], corner[:, 1], torch.zeros_like(part), patch)
+        denoised, logits = model(add_noise(clean, level / 255, generator), level / 255)
+        yield clean, denoised, logits
 
 
 def _copy_into(model: Network, values: dict[str, Tensor]) -> None:

@@ -1,0 +1,44 @@
+"""A denoiser that changes a picture by more than its noise has left its ground.
+
+For y = x + sigma n and the posterior mean D, E (D - y)^2 = sigma^2 (1 - mean dD/dy), per
+pixel (Stein 1981), and dD/dy is a covariance over sigma^2, so its mean is not negative: a
+window of D - y holds no more than sigma^2 on average. What does not keep to that is held back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from cdnctl.core.joint import per_sample
+
+WINDOW = 15  # pixels; large enough for a mean, small enough to find the place
+# Standard deviations that a window of pure noise may lie above sigma^2: none does in 100
+# megapixels.
+SPREAD = 8.0
+FAR = 4.0  # at this many times the limit's root nothing is left of a change, from half of it on
+
+
+def held_back(
+    correction: Tensor, sigma: Tensor | float, step: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """A correction D - y, (B, C, H, W), within what sigma allows, and the factor that it
+    took, (B, 1, H, W) in [0, 1].
+
+    sigma: float or (B,), in the unit of the picture. step: the distance of two values that a
+    sample can have, whose rounding is noise as well. Where the mean square over a window
+    exceeds the limit L, the correction is scaled to it; beyond 4 L it fades out, until at 16 L
+    the input is left. Values that are not finite stay so.
+    """
+    square = correction.detach().square().mean(1, keepdim=True)
+    power = avg_pool2d(square, WINDOW, 1, WINDOW // 2, count_include_pad=False)
+    # At the edges a window holds fewer pixels.
+    count = avg_pool2d(torch.ones_like(square[:1]), WINDOW, 1, WINDOW // 2, divisor_override=1)
+    count = count * correction.shape[1]
+    variance = per_sample(sigma, correction).square() + step**2 / 12
+    limit = variance * (1 + SPREAD * (2 / count).sqrt())
+    ratio = limit / power.clamp_min(limit)
+    near, far = (2 / FAR) ** 2, 1 / FAR**2
+    factor = ratio.sqrt() * ((ratio - far) / (near - far)).clamp(0, 1)
+    return factor * correction, factor

@@ -1,0 +1,203 @@
+"""Measuring noise, and taking it out: against pictures whose noise is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from skimage import data
+from skimage.transform import resize
+
+from cdnctl.core.camera import Camera, pair
+from cdnctl.noise import AXES, OCTAVES, Noise, halved, measure
+from cdnctl.treatment import limited, told, treat
+
+
+def scene(name: str = "astronaut", channels: int = 3) -> np.ndarray:
+    """A picture of scikit-image, of half its size, which hides what noise it has itself."""
+    pixels = np.asarray(getattr(data, name)(), float)
+    pixels = halved((pixels if pixels.ndim == 3 else pixels[:, :, None]) / 255)
+    return pixels.mean(2, keepdims=True) if channels == 1 else pixels
+
+
+def white(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@pytest.mark.parametrize("sigma", [5, 15, 25, 50])
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "cat"])
+def test_white_noise_is_found_and_called_white(name: str, sigma: float) -> None:
+    clean = scene(name)
+    noise = measure(clean + sigma / 255 * white(clean.shape))
+    assert noise.is_white
+    assert 255 * noise.sigma == pytest.approx(sigma, rel=0.1)
+    assert 255 * told(noise) == pytest.approx(sigma, rel=0.1)
+    assert noise.summary().startswith("white noise")
+
+
+@pytest.mark.parametrize("sigma", [25, 50])
+def test_white_noise_of_gray_pictures(sigma: float) -> None:
+    clean = scene(channels=1)
+    noise = measure(clean + sigma / 255 * white(clean.shape))
+    assert 255 * noise.sigma == pytest.approx(sigma, rel=0.15)
+
+
+def test_scale_of_levels() -> None:
+    """Pure noise: the level of every axis and octave is that of its own white noise."""
+    noise = measure(0.5 + 0.05 * white((256, 256, 3)))
+    np.testing.assert_allclose(noise.octaves, 0.05, rtol=0.05)
+    assert noise.grain == pytest.approx(1, abs=0.05)
+    assert noise.chroma == pytest.approx(1, abs=0.05)
+    assert noise.confidence == 1
+
+
+def test_axes_are_at_right_angles() -> None:
+    np.testing.assert_allclose(AXES @ AXES.T, np.eye(3), atol=1e-12)
+
+
+def test_grain_of_noise_that_is_repeated() -> None:
+    """Noise of squares of 2 x 2 has a grain of two pixels, and its level before averaging."""
+    squares = 0.04 * white((160, 160, 3)).repeat(2, 0).repeat(2, 1)
+    noise = measure(0.5 + squares)
+    assert noise.grain == pytest.approx(2, rel=0.15)
+    assert not noise.is_white
+
+
+def test_noise_of_single_tones() -> None:
+    clean = np.linspace(0.1, 0.9, 384)[None, :, None] * np.ones((384, 1, 3))
+    sigma = 0.01 + 0.04 * (1 - clean)
+    noise = measure(clean + sigma * white(clean.shape))
+    tones = np.array([0.15, 0.5, 0.85])
+    found = noise.sigma * noise.curve(tones)
+    np.testing.assert_allclose(found, 0.01 + 0.04 * (1 - tones), rtol=0.12)
+
+
+def test_chroma_noise_is_told_from_luma_noise() -> None:
+    noise = measure(0.5 + 0.02 * white((256, 256, 3)) * [1, 3, 3] @ AXES)
+    assert noise.chroma == pytest.approx(3, rel=0.1)
+
+
+@pytest.mark.parametrize("gain", [2e-4, 1e-3])
+@pytest.mark.parametrize("name", ["coffee", "cat"])
+def test_noise_of_a_camera(gain: float, name: str) -> None:
+    """Within a factor of 1.5 of the truth, and told more than the finest pixels say."""
+    soft = np.clip(resize(scene(name), (512, 512), order=3), 0, 1)
+    camera = Camera(gain=gain, read=2 * gain, quality=95)
+    clean, taken = pair(soft, camera, np.random.default_rng(0))
+    noise, truth = measure(taken), measure(0.5 + taken - clean)
+    assert 1 / 1.5 < noise.sigma / truth.sigma < 1.5
+    assert 1 / 1.5 < noise.told / truth.told < 1.5
+    assert noise.told > 1.3 * noise.levels[0][0]
+    assert noise.grain > 1.2
+    assert noise.confidence > 0.5
+    assert noise.summary().startswith("camera noise: sigma ")
+
+
+def test_noise_that_jpeg_has_thinned_is_still_told_by_its_coarser_octave() -> None:
+    soft = np.clip(resize(scene("coffee"), (512, 512), order=3), 0, 1)
+    camera = Camera(gain=4e-4, read=8e-4, quality=95, resaved=75)
+    clean, taken = pair(soft, camera, np.random.default_rng(0))
+    noise, truth = measure(taken), measure(0.5 + taken - clean)
+    assert noise.confidence > 0.5
+    assert 0.4 < noise.told / truth.told < 1.5
+
+
+def test_drawings_have_no_noise() -> None:
+    drawing = np.ones((256, 256, 3))
+    drawing[40:90, 30:200] = 0.2, 0.4, 0.9
+    drawing[120:122, :] = 0
+    drawing[150:250:4, 20:240] = 0.1
+    noise = measure(drawing)
+    assert 255 * told(noise) < 0.5
+    assert told(measure(np.full((64, 64, 3), 0.3))) == 0
+
+
+@pytest.mark.parametrize("name", ["grass", "gravel"])
+def test_texture_is_not_sure_to_be_noise(name: str) -> None:
+    noise = measure(np.asarray(getattr(data, name)(), float)[:, :, None] / 255)
+    assert noise.confidence < 0.5
+    assert "unsure" in noise.summary()
+
+
+def test_flat_borders_white_areas_and_hidden_parts_do_not_count() -> None:
+    clean = scene()
+    noisy = np.clip(clean + 10 / 255 * white(clean.shape), 0, 1)
+    alone = measure(noisy).sigma
+    framed = np.pad(noisy, ((100, 100), (60, 60), (0, 0)), constant_values=1.0)
+    assert measure(framed).sigma == pytest.approx(alone, rel=0.05)
+    alpha = np.zeros(framed.shape[:2])
+    alpha[100:-100, 60:-60] = 1
+    hidden = framed + (alpha[:, :, None] == 0) * 0.3 * (white(framed.shape) - 1)
+    assert measure(hidden, alpha).sigma == pytest.approx(alone, rel=0.05)
+
+
+def test_large_pictures_are_judged_by_a_sample() -> None:
+    noise = measure(0.5 + 0.05 * white((1300, 2000, 1)))
+    assert noise.sigma == pytest.approx(0.05, rel=0.05)
+
+
+def test_pictures_too_small_to_tell() -> None:
+    noise = measure(np.random.default_rng(0).random((7, 30, 3)))
+    assert noise.confidence == 0 and noise.sigma == 0
+
+
+def test_profiles_survive_json() -> None:
+    noise = measure(0.5 + 0.05 * white((128, 128, 3)))
+    assert Noise.from_json(noise.to_json()) == noise
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        Noise.white(0.1).to_json().replace("0.1", "-0.1"),
+        Noise.white(0.1).to_json().replace("0.1", "NaN"),
+        replace(Noise.white(0.1), tones=(0.0, 0.0)).to_json(),
+        replace(Noise.white(0.1), levels=((0.1,), (0.1,))).to_json(),
+    ],
+)
+def test_what_is_not_a_profile(text: str) -> None:
+    with pytest.raises(ValueError, match="not a noise profile"):
+        Noise.from_json(text)
+
+
+def test_white_profile() -> None:
+    noise = Noise.white(0.1)
+    assert noise.sigma == pytest.approx(0.1) and noise.told == 0.1 and noise.is_white
+    assert noise.grain == 1 and noise.chroma == 1 and np.shape(noise.levels) == (3, OCTAVES)
+
+
+def test_treatment_of_no_noise_is_the_picture() -> None:
+    def never(pixels: np.ndarray, sigma: float) -> np.ndarray:
+        raise AssertionError("there was nothing to do")
+
+    clean = scene()
+    assert treat(clean, Noise.white(0.0), never) is clean
+    unsure = replace(Noise.white(0.1), confidence=0.0)
+    assert treat(clean, unsure, never) is clean
+
+
+def test_treatment_leaves_a_right_denoiser_alone() -> None:
+    clean, sigma = scene(), 0.1
+    noisy = clean + sigma * white(clean.shape)
+    out = treat(noisy, Noise.white(sigma), lambda y, s: clean)
+    np.testing.assert_allclose(out, clean, atol=1e-9)
+
+
+def test_treatment_takes_no_more_than_the_noise() -> None:
+    """Of a denoiser that flattens everything, what remains is within the noise."""
+    clean, sigma = scene(), 4 / 255
+    noisy = clean + sigma * white(clean.shape)
+    out = treat(noisy, Noise.white(sigma), lambda y, s: np.full_like(y, y.mean()))
+    assert np.sqrt(np.mean((out - noisy) ** 2)) < 1.4 * sigma
+
+
+def test_corrections_are_held_back_by_tone() -> None:
+    noise = replace(Noise.white(0.02), tones=(0.0, 1.0), shape=(0.5, 2.0))
+    clean = np.where(np.arange(128)[None, :, None] < 64, 0.0, 1.0) * np.ones((64, 1, 3))
+    held = limited(np.full(clean.shape, 0.5), clean, noise)
+    ratio = held[:, 100:].mean() / held[:, :28].mean()
+    assert ratio == pytest.approx(4, rel=0.01)
