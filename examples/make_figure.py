@@ -10,7 +10,8 @@ import numpy as np
 
 import cdnctl
 from cdnctl import images
-from cdnctl.analysis.evidence import evidence, overlay
+from cdnctl.analysis.evidence import evidence
+from cdnctl.figures import evidence_colours
 from cdnctl.restore import Settings, restore
 
 SIGMA = 50 / 255
@@ -23,7 +24,8 @@ def main() -> None:
     noisy = images.read(here / "cat_noisy.png")
     settings = Settings(sigma=SIGMA, target={"cat": 1.0})
     restored = restore(noisy, model, settings).image.pixels
-    why = overlay(restored, evidence(model, noisy.pixels, SIGMA, "cat").support)
+    heat = evidence(model, noisy.pixels, SIGMA, "cat").heat(*restored.shape[:2])
+    why = evidence_colours(restored, heat / np.percentile(np.abs(heat), 99.5))
     row = np.concatenate([noisy.pixels, restored, why], axis=1)
     iio.imwrite(here / "figure.png", np.rint(np.clip(row, 0, 1) * 255).astype(np.uint8))
 

@@ -255,7 +255,10 @@ def test_randomness_is_an_argument_and_the_input_is_left_alone() -> None:
 def test_whole_pictures(tmp_path: Path, channels: int, size: tuple[int, int]) -> None:
     """An exact Gaussian model: sigma sqrt(a) everywhere, over tiles and their seams too."""
     exact = tiny(tmp_path, gaussian=True)
-    y = noisy_picture(*size, channels)
+    # A picture of the model's own kind: it goes no further than its noise level allows.
+    spread = (0.25**2 + SIGMA**2) ** 0.5
+    y = 0.5 + spread * np.random.default_rng(0).standard_normal((*size, channels), np.float32)
+    y = y.astype(np.float32)
     std, sigma = posterior_std(Image.of(y, np.float32), exact, Settings(SIGMA, tile=70), probes=2)
     seen = SIGMA * (3**0.5 if channels == 1 else 1)
     a = 0.25**2 / (0.25**2 + seen**2)

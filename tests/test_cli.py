@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from processes import COMMAND, Result, Run, checked
 from tiny import CLASSES, files, noisy_picture, picture, save_tiny, write
 
-from cdnctl import checkpoints, images
+from cdnctl import checkpoints, headers, images
 from cdnctl.api import load
 from cdnctl.checkpoints import find_weights, load_model, read_header, save_model, weights_hash
 from cdnctl.cli.common import parse_size
@@ -487,10 +488,11 @@ def test_uncertainty(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     std = images.read(tmp_path / "u.tif")
     assert std.pixels.shape == (20, 24, 1) and std.dtype == np.float32
     assert std.pixels.min() >= 0 and 0 < std.pixels.max() < 1
+    assert cdnctl(*command, "u.npy", "--overwrite").code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "u.npy"), std.samples[..., 0])
     assert cdnctl(*command, "u.png", "--overwrite").code == 0
-    fraction = images.read(tmp_path / "u.png")
-    assert fraction.dtype == np.uint16
-    np.testing.assert_allclose(fraction.pixels, np.clip(std.pixels / 0.2, 0, 1), atol=1e-4)
+    shown = images.read(tmp_path / "u.png")
+    assert shown.dtype == np.uint8 and len(np.unique(shown.samples.reshape(-1, 3), axis=0)) > 50
 
     assert cdnctl(*command, "new/u.tif", "-o", "other/a.png").code == 0
     assert (tmp_path / "new" / "u.tif").read_bytes() == (tmp_path / "u.tif").read_bytes()
@@ -502,6 +504,59 @@ def test_uncertainty(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     assert cdnctl(*command, "v.tif", "-o", "-").code == 2
     assert cdnctl(*command, "v.tif", "u.png", "-o", "out").code == 2
     assert files(tmp_path) == before
+
+
+def test_compare(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "a.png")
+    command = ("denoise", "a.png", "--model", weights, "--sigma", "51", "--compare")
+    assert cdnctl(*command, "new/both.png", "-o", "b.png").code == 0
+    both = images.read(tmp_path / "new" / "both.png").samples
+    for name, columns in (("a.png", slice(24)), ("b.png", slice(-24, None))):
+        np.testing.assert_array_equal(both[-20:, columns], images.read(tmp_path / name).samples)
+    assert both.shape[0] > 20 and both.shape[1] > 48
+
+    write(tmp_path / "c.png")
+    before = files(tmp_path)
+    for args in (
+        ("b.png", "-o", "b.png", "--overwrite"),
+        ("a.png", "--overwrite"),
+        ("x.xyz",),
+        ("x.npy",),
+        ("new/both.png",),
+        ("x.png", "-o", "-"),
+        ("x.png", "c.png", "-o", "out"),
+        ("x.png", "--uncertainty", "x.png"),
+    ):
+        done = cdnctl(*command, *args)
+        assert done.code == 2 and "x.png" not in files(tmp_path), args
+    assert files(tmp_path) == before
+
+
+def test_help_lists_the_classes_without_torch(cdnctl: Run) -> None:
+    """It must come at once."""
+    bundled = checkpoints.bundled()
+    env = os.environ | {"COLUMNS": "400", "NO_COLOR": "1"}
+    code = (
+        "import sys; sys.argv = ['cdnctl', sys.argv[1], '--help']\n"
+        "import atexit; atexit.register(lambda: print('loaded:', *sys.modules))\n"
+        "from cdnctl.cli import main; main()"
+    )
+    for command in ("denoise", "explain"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command], env=env, capture_output=True, text=True
+        )
+        text, loaded = done.stdout.split("loaded:")
+        assert not {"torch", "numpy"} & set(loaded.split())
+        for name, path in bundled.items():
+            assert f"Classes of {name}: {', '.join(read_header(path).classes)}." in text
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", b"\xff" * 99, b"\x02" + bytes(7) + b"[]"])
+def test_damaged_weights_have_no_classes(tmp_path: Path, weights: Path, content: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert headers.classes(tmp_path / "a.safetensors") == []
+    assert headers.classes(tmp_path / "none.safetensors") == []
+    assert headers.classes(weights) == list(CLASSES)
 
 
 # -- signals --------------------------------------------------------------------------------
@@ -558,6 +613,7 @@ def test_classify(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     for record in good:
         values = list(record["classes"].values())
         assert len(values) == 2 and 1 >= values[0] >= values[1] and record["sigma"] == 25
+        assert record["scale"] == 1 and record["size"] == [24, 20]
     (bad,) = [r for r in done.records if "error" in r]
     assert "empty" in bad["error"]
     plain = cdnctl(*command)
@@ -566,14 +622,32 @@ def test_classify(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     assert cdnctl("classify", "nothing", "--model", weights).code == 2
 
 
+def test_classify_says_its_scale(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    write(tmp_path / "large.png", noisy_picture(128, 192))
+    write(tmp_path / "small.png")
+    command = ("classify", "large.png", "small.png", "--model", weights)
+    large, small = cdnctl(*command, "--json").records
+    assert large["scale"] == 0.5 and large["size"] == [96, 64]
+    assert small["scale"] == 1 and small["size"] == [24, 20]
+    large, small = cdnctl(*command).text.splitlines()
+    assert large.endswith("seen at 96 x 64 pixels (1/2)") and "seen at" not in small
+
+
 def test_explain(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     write(tmp_path / "a.png")
     command = ("explain", "a.png", "-o", "why.png", "--model", weights)
     done = cdnctl(*command, "--class", "café crème")
     assert done.code == 0 and "café crème" in done.text
-    assert images.read(tmp_path / "why.png").pixels.shape == (20, 24, 3)
+    sheet = images.read(tmp_path / "why.png")
+    assert sheet.pixels.shape[2] == 3 and min(sheet.pixels.shape[:2]) > 100
     assert cdnctl(*command).code == 2
     assert cdnctl(*command, "--overwrite").code == 0
+    numbers = ("explain", "a.png", "--model", weights, "--class", "dog", "-o")
+    assert cdnctl(*numbers, "why.tif").code == cdnctl(*numbers, "why.npy").code == 0
+    bare = images.read(tmp_path / "why.tif").samples
+    assert bare.shape == (20, 24, 1) and bare.dtype == np.float32 and bare.min() < 0 < bare.max()
+    np.testing.assert_array_equal(np.load(tmp_path / "why.npy"), bare[..., 0])
+    assert cdnctl(*numbers, "why.xyz").code == 2
     (tmp_path / "text.png").write_text("text")
     assert cdnctl("explain", "text.png", "-o", "no.png", "--model", weights).code == 1
     assert not (tmp_path / "no.png").exists()

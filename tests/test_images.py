@@ -935,3 +935,12 @@ def test_a_file_cut_short_is_an_error_or_has_all_its_pixels(kind):
             continue
         missing_exif = image.metadata.exif != whole.metadata.exif  # it may follow the pixels
         assert missing_exif or np.array_equal(image.pixels, whole.pixels)
+
+
+def test_a_notebook_shows_an_image_on_one_line() -> None:
+    samples = np.arange(60000, dtype=np.uint16).reshape(100, 200, 3)
+    bare = Image(samples)
+    assert repr(bare) == "Image(uint16 (100, 200, 3), 0..59999)"
+    full = Image(samples, samples[..., 0], Metadata(icc=ICC, xmp=b"x" * 10**6), ("a note",))
+    told = ("alpha", f"icc of {len(ICC)} bytes", "xmp of 1000000 bytes", "a note")
+    assert repr(full) == f"Image(uint16 (100, 200, 3), 0..59999, {', '.join(told)})"

@@ -335,6 +335,14 @@ def test_any_size(model: Model, height: int, width: int, channels: int) -> None:
     assert result.image.pixels.shape == y.shape and np.isfinite(result.image.pixels).all()
 
 
+def test_a_notebook_shows_a_result_on_one_line(model: Model, tmp_path: Path) -> None:
+    y = exact(noisy_picture())
+    result = restore(y, model, Settings(SIGMA))
+    best, p = next(iter(result.posterior.items()))
+    assert repr(result) == f"Restored({result.image!r}, sigma 0.2, {best} {p:.1%})"
+    assert repr(restore(y, tiny(tmp_path, "unet"), Settings(SIGMA))).endswith("sigma 0.2)")
+
+
 def test_input_pixels_are_left_alone(model: Model) -> None:
     y = noisy_picture()
     before = y.copy()
