@@ -48,6 +48,7 @@ class Settings:
     guidance: float = 1.0  # D + guidance (D_c - D)
     tile: int | None = None  # of at most tile x tile pixels; None: as large as ``memory`` allows
     memory: int | None = None  # bytes for the network's work; None: half of what is free
+    range: tuple[float, float] | None = None  # black and white of float samples; None: 0 and 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
@@ -56,6 +57,38 @@ class Settings:
             raise UsageError(f"guidance is {self.guidance:g}, but must be a finite number")
         if self.sigma is not None and not 0 <= self.sigma <= 1:
             raise UsageError(f"sigma is {self.sigma:g}, but must lie in [0, 1] pixel units")
+
+
+def on_unit_scale(image: Image, settings: Settings) -> Image:
+    """The picture with float samples from black at 0 to white at 1.
+
+    ImageError if there is a range for samples that are no floats, or none for floats that are
+    mostly beyond white.
+    """
+    floats = image.dtype.kind == "f"
+    if settings.range is None:
+        if floats and np.count_nonzero(image.samples > 1) > image.samples.size // 2:
+            top = float(image.samples.max())
+            raise ImageError(
+                f"most float samples are above 1, which is white, and reach {top:.6g}: say what "
+                "is black and white, such as --range 0:255"
+            )
+        return image
+    if not floats:
+        raise ImageError(
+            f"--range is for float samples, but these are {image.dtype.name}, whose range is known"
+        )
+    black, white = settings.range
+    return image.with_samples(((image.samples - black) / (white - black)).astype(image.dtype))
+
+
+def on_own_scale(image: Image, settings: Settings) -> Image:
+    """What `on_unit_scale` was given, of what was made of it."""
+    if settings.range is None:
+        return image
+    black, white = settings.range
+    samples = image.samples * (white - black) + black
+    return image.with_samples(samples.astype(image.dtype))
 
 
 @dataclass(frozen=True)
