@@ -12,13 +12,16 @@ from cdnctl.cli.common import (
     PEAK,
     Device,
     Json,
+    MaxMegapixels,
     ModelOption,
     Quiet,
     Recursive,
     SigmaOption,
     Threads,
     keep_existing,
+    need_reader,
     parse_sigma,
+    pixel_limit,
     progress,
     report_error,
     shown,
@@ -39,6 +42,7 @@ def classify(
     model: ModelOption = "auto",
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes to show.")] = 1,
     recursive: Recursive = False,
+    max_megapixels: MaxMegapixels = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -54,11 +58,13 @@ def classify(
 
     models = Models(model, torch_device)
     files = expand(inputs, recursive)
+    max_pixels = pixel_limit(max_megapixels)
     failed = 0
-    with progress(len(files), quiet) as advance:
+    with progress(len(files), quiet, as_json) as advance:
         for path in files:
+            need_reader()
             try:
-                image = images.read(path)
+                image = images.read(path, max_pixels)
                 chosen = models.pick(*image.samples.shape[:2])
                 found = classify(image, chosen, level)
             except ImageError as error:
@@ -97,6 +103,7 @@ def explain(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that exists.")
     ] = False,
+    max_megapixels: MaxMegapixels = None,
     device: Device = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
@@ -117,11 +124,13 @@ def explain(
         raise UsageError(f"{str(source)!r} would overwrite itself: choose another output")
     label = None if target == "auto" else target
     models = Models(model, torch_device, [] if label is None else [label])
-    image = images.read(source)
+    image = images.read(source, pixel_limit(max_megapixels))
     chosen = models.pick(*image.samples.shape[:2])
     noise = estimate_sigma(image.samples, image.alpha) if level is None else level
-    found = evidence(chosen, image.samples, noise, label)
-    images.write(images.Image.of(overlay(image.pixels, found.support)), output)
+    with progress(1, quiet):
+        found = evidence(chosen, image.samples, noise, label)
+    result = images.Image.of(overlay(image.pixels, found.support))
+    images.write(result, output, overwrite=overwrite)
     if not quiet:
         print(
             f"{shown(source)} -> {shown(output)}, evidence for {found.label} "
