@@ -10,16 +10,16 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cdnctl import images
-from cdnctl.errors import ImageError, UsageError
+from cdnctl.errors import ImageError, OutputExistsError, UsageError
 from cdnctl.images import Image
 from cdnctl.manifest import Manifest, Origin, changed, digest
 from cdnctl.restore import (
@@ -28,6 +28,8 @@ from cdnctl.restore import (
     Settings,
     batch_size,
     noise_level,
+    on_own_scale,
+    on_unit_scale,
     restore,
     restore_batch,
 )
@@ -94,12 +96,15 @@ def default_output(source: Path) -> Path:
     return source.with_name(f"{source.stem}_denoised{suffix}")
 
 
-def plan(sources: Sequence[Path], output: Path | None, recursive: bool) -> list[Job]:
+def plan(
+    sources: Sequence[Path], output: Path | None, recursive: bool, into: bool = False
+) -> list[Job]:
     """Map inputs to outputs before any work is done.
 
-    A single file goes to ``output`` (a file, or into it if it is a folder) or beside
-    itself; a folder needs an ``output`` folder and is mirrored there. UsageError if an
-    input is missing, two would share an output, or one would be overwritten.
+    A single file goes to ``output`` (a file, or into it if it is a folder, there already or
+    with ``into`` still to be made) or beside itself; a folder needs an ``output`` folder and is
+    mirrored there. UsageError if an input is missing, two would share an output, or one would
+    be overwritten.
     """
     jobs: list[Job] = []
     for source in sources:
@@ -112,7 +117,7 @@ def plan(sources: Sequence[Path], output: Path | None, recursive: bool) -> list[
             raise UsageError(f"no such file or folder: {str(source)!r}")
         elif output is None:
             jobs.append(Job(source, default_output(source)))
-        elif output.is_dir() or len(sources) > 1:
+        elif into or output.is_dir() or len(sources) > 1:
             jobs.append(Job(source, _writable(output / source.name)))
         else:
             check_suffix(output)
@@ -177,6 +182,19 @@ def _check_clashes(jobs: Sequence[Job]) -> None:
         taken[key] = job.source
 
 
+def count_pixels(jobs: Sequence[Job]) -> dict[Job, int]:
+    """Pixels of the pictures to restore, as far as their headers tell without decoding."""
+    with ThreadPoolExecutor(4) as pool:  # for slow file systems; more get into each other's way
+        found = pool.map(images.count_pixels, [job.source for job in jobs])
+        return dict(zip(jobs, found, strict=True))
+
+
+def large_last(pixels: Mapping[Job, int]) -> list[Job]:
+    """Jobs in order, but those of large pictures behind the others, the largest at the end: one
+    of them takes as long as thousands of small ones, which need not wait for it."""
+    return sorted(pixels, key=lambda job: pixels[job] if pixels[job] > LARGE_PIXELS else 0)
+
+
 @dataclass(frozen=True)
 class Done:
     """How one job ended: with what was found, with an error, or (neither) passed over as done."""
@@ -185,6 +203,7 @@ class Done:
     restored: Restored | None = None
     error: str | None = None
     seconds: float = 0.0  # of reading, computing and writing
+    exit_code: int = ImageError.exit_code  # with an error, of a run for this job alone
 
 
 @dataclass(frozen=True)
@@ -195,6 +214,7 @@ class _Loaded:
     image: Image
     level: Level
     origin: Origin
+    overwrite: bool  # what is there is ours to replace
     seconds: float  # of reading
 
     @property
@@ -224,21 +244,33 @@ class Batch:
     manifest: Manifest | None = None
     resume: bool = False  # pass over what the manifest says is done
     overwrite: bool = False  # also what was changed since the manifest was written
-    watch: Callable[[float], None] = lambda share: None  # told the share done of a large picture
+    skip_existing: bool = False  # pass over what is there
+    max_pixels: int = images.MAX_PIXELS  # refuse larger pictures
+    # Told the share done of a large picture.
+    watch: Callable[[Job, float], None] = lambda job, share: None
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Done]:
+    def run(self, jobs: Sequence[Job], late: list[Done] | None = None) -> Generator[Done]:
         """Restore all files; results come as they are finished, not always in order.
 
         A bad file is reported in its ``Done`` and the rest goes on. SetupError when the disk
         is full: everything after would fail as well.
+
+        late: is given what was written, or is on the way out, and has not come yet when the run
+        ends early: by an exception, or closed from outside. What came last may be in it, too.
         """
         held = _Held()
         writes: deque[tuple[_Loaded, Future[Done]]] = deque()
+        written: dict[Job, Done] = {}  # by the threads, which no signal interrupts
 
-        def settle() -> Done:
-            item, write = writes.popleft()
+        def write(item: _Loaded, result: Restored, seconds: float) -> Done:
+            done = written[item.job] = self._write(item, result, seconds)
+            return done
+
+        def settled() -> Iterator[Done]:
+            yield writes[0][1].result()
+            item, _ = writes.popleft()
             held.pixels -= item.pixels
-            return write.result()
+            del written[item.job]
 
         pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 1)))
         try:
@@ -246,19 +278,23 @@ class Batch:
                 if isinstance(group, Done):
                     yield group
                 else:
+                    # Small pictures are told of before a large one keeps this thread for long.
+                    while writes and writes[0][0].pixels <= LARGE_PIXELS < group[0].pixels:
+                        yield from settled()
                     for item, result, seconds in self._compute(group):
                         if isinstance(result, ImageError):
                             held.pixels -= item.pixels
                             yield self._failed(item.job, str(result))
                         else:
-                            write = pool.submit(self._write, item, result, seconds)
-                            writes.append((item, write))
+                            writes.append((item, pool.submit(write, item, result, seconds)))
                 while writes and (writes[0][1].done() or held.pixels > HELD_PIXELS):
-                    yield settle()
+                    yield from settled()
             while writes:
-                yield settle()
+                yield from settled()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            if late is not None:
+                late += written.values()
 
     def _read(
         self, jobs: Sequence[Job], pool: ThreadPoolExecutor, held: _Held
@@ -291,6 +327,9 @@ class Batch:
             if isinstance(item, Done):
                 yield item
                 continue
+            if item.pixels > LARGE_PIXELS:  # it takes long, and nobody is to wait for it
+                yield from waiting.values()
+                waiting.clear()
             height, width, channels = item.image.samples.shape
             key = (height, width, channels, self.models.pick(height, width).name)
             waiting.setdefault(key, []).append(item)
@@ -305,14 +344,19 @@ class Batch:
         started = time.monotonic()
         try:
             self._tidy(job)
+            exists = os.path.exists(job.output)
             if self.resume and self.is_done(job):
                 return Done(job)
+            overwrite = self.overwrite or (self.resume and exists)
+            if exists and not overwrite:
+                return self._taken(job)
             time_of_input = changed(job.source)  # before it is read, see there
             data = images.load(job.source)
-            image = images.decode(data, str(job.source))
+            image = images.decode(data, str(job.source), self.max_pixels)
+            image = on_unit_scale(image, self.settings, str(job.source))
             level = noise_level(image.samples, image.alpha, self.settings.sigma)
             origin = Origin(digest(data), len(data), time_of_input)
-            return _Loaded(job, image, level, origin, time.monotonic() - started)
+            return _Loaded(job, image, level, origin, overwrite, time.monotonic() - started)
         except ImageError as error:
             return self._failed(job, str(error))
         except MemoryError:
@@ -337,7 +381,8 @@ class Batch:
                 levels = [item.level for item in group]
                 results = restore_batch(pictures, model, self.settings, levels)
             else:
-                results = [restore(first.image, model, self.settings, self.watch, first.level)]
+                watch = partial(self.watch, first.job)
+                results = [restore(first.image, model, self.settings, watch, first.level)]
         except ImageError as error:
             if len(group) > 1:  # one of them spoils it: each on its own, which changes no result
                 for item in group:
@@ -354,6 +399,7 @@ class Batch:
         try:
             job.output.parent.mkdir(parents=True, exist_ok=True)
             image, suffix = restored.image, job.output.suffix.lower()
+            image = on_own_scale(image, self.settings)
             if self.strip_metadata:
                 image = replace(image, metadata=images.Metadata())
             data = images.encode(image, suffix)
@@ -364,8 +410,10 @@ class Batch:
             if self.manifest is not None:
                 record = self._record(item, restored, data, seconds)
                 self.manifest.add(record | {"temporary": temporary})
-            images.save(data, job.output, temporary)
+            images.save(data, job.output, temporary, overwrite=item.overwrite)
             return Done(job, restored, seconds=seconds)
+        except OutputExistsError:
+            return self._taken(job)
         except ImageError as error:
             return self._failed(job, str(error))
         except (OSError, RecursionError) as error:  # the latter from very deep folders
@@ -377,6 +425,13 @@ class Batch:
         # The manifest is locked, so none of the runs that it tells of is still at work.
         for record in [] if self.manifest is None else self.manifest.records(job.output):
             images.remove_temporary(job.output, str(record.get("temporary")))
+
+    def _taken(self, job: Job) -> Done:
+        """An output that was not there when the work was planned, and is not ours to replace."""
+        if self.skip_existing:
+            return Done(job)
+        error = OutputExistsError(job.output)
+        return replace(self._failed(job, str(error)), exit_code=error.exit_code)
 
     def _failed(self, job: Job, error: str) -> Done:
         if self.manifest is not None:
@@ -398,7 +453,9 @@ class Batch:
             "weights": model.hash,
             "parameters": self.parameters,
             "sigma": round(images.PEAK * restored.sigma, 3),
-            "class": next(iter(restored.posterior), None),
+            "class_asked": "none" if self.settings.target is None else self.settings.target,
+            "most_probable_class": next(iter(restored.posterior), None),
+            "held": round(restored.held, 6),
             "seconds": round(seconds, 4),
         }
 

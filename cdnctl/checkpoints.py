@@ -25,6 +25,7 @@ from torch import Tensor
 from cdnctl import headers
 from cdnctl.errors import ConfigError, WeightsError
 from cdnctl.fields import build
+from cdnctl.files import give_name
 from cdnctl.models import Network, architecture
 
 FORMAT_VERSION = 1
@@ -68,8 +69,11 @@ _KINDS: Mapping[str, type] = {
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary file beside ``path``, then rename: never half a file."""
+def write_atomically(path: Path, data: bytes, overwrite: bool = True) -> None:
+    """Write to a temporary file beside ``path``, then rename: never half a file.
+
+    FileExistsError if the name is taken and must not be overwritten.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
     try:
@@ -78,7 +82,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
-        os.replace(name, path)
+        give_name(Path(name), path, overwrite)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

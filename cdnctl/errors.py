@@ -10,6 +10,7 @@
     │   ├── DeviceError             a device that is not there
     │   └── WeightsError            a weights file that is missing, damaged or foreign
     ├── ImageError              1   one picture cannot be read or written
+    │   └── OutputExistsError   2       a file is there that was not to be replaced
     └── TrainingError           1   a training run cannot go on
 
 A message is one line or a few: it quotes the offending value and says what to do.
@@ -17,6 +18,8 @@ The command line prints it to stderr and leaves with ``exit_code``.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 class CdnctlError(Exception):
@@ -55,6 +58,18 @@ class WeightsError(SetupError):
 
 class ImageError(CdnctlError):
     """One picture cannot be read or written. A batch reports it and goes on."""
+
+
+class OutputExistsError(ImageError):
+    """A file is there that must not be replaced, and was not when the work was planned."""
+
+    exit_code = 2
+
+    def __init__(self, path: Path):
+        super().__init__(
+            f"{str(path)!r} was written by another program meanwhile: "
+            "give --overwrite to replace it"
+        )
 
 
 class TrainingError(CdnctlError):

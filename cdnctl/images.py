@@ -50,13 +50,17 @@ import PIL.ImageCms
 import PIL.ImageOps
 import tifffile
 
-from cdnctl.errors import ImageError, SetupError
+from cdnctl import files
+from cdnctl.errors import ImageError, OutputExistsError, SetupError
 
 PEAK = 255
 """Of the scale on which people state noise levels; [0, 1] everywhere behind the border."""
 
-MAX_PIXELS = 1_000_000_000
-"""Pictures with more pixels than this are refused before they are decoded."""
+MEGAPIXEL = 1_000_000
+
+MAX_PIXELS = 250 * MEGAPIXEL
+"""Pictures with more pixels than this are refused before they are decoded, if nothing else is
+said: they are hours of work for a CPU, which a file of a few kilobytes may ask for."""
 
 QUALITY = 95
 """Quality of lossy files, on the usual scale up to 100; colour is not subsampled."""
@@ -65,6 +69,9 @@ QUALITY = 95
 _MAX_PIXELS_PER_BYTE = 20_000
 
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "AVIF", "QOI")
+_FORMAT_SUFFIXES = {
+    "PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "HEIF": ".heic",
+}  # fmt: skip
 _HEIC_SUFFIXES = frozenset({".heic", ".heif"})
 _RAW_SUFFIXES = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"})
 
@@ -106,6 +113,8 @@ _XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation\s*(?:=\s*["']|>)\s*)[1-8]""
 _IPTC_RESOURCE = 0x0404  # of those that Photoshop puts into JPEG files
 _EXIF_PREFIX = b"Exif\0\0"
 _JPEG_SEGMENT = 65_000  # bytes: what is sure to fit into one JPEG segment
+
+PIL.Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, by what the caller allows
 
 # Both log oddities of a file; what matters comes out as an ImageError.
 for _library in ("tifffile", "PIL"):
@@ -173,6 +182,8 @@ class Image:
     None where alpha is nowhere 0, or everywhere."""
     lossless: bool = True
     """Whether the file that was read had been coded without loss; WebP is written likewise."""
+    suffix: str = ".png"
+    """Of the format of the file that was read; .png where that cannot be written."""
 
     def __repr__(self) -> str:
         low, high = (f"{bound(self.samples):g}" for bound in (np.min, np.max))
@@ -215,11 +226,11 @@ def is_image_path(path: Path) -> bool:
 # ---------------------------------------------------------------------------------- reading
 
 
-def read(source: Path | BinaryIO) -> Image:
+def read(source: Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image:
     """Read one picture from a path or from an open binary file: `load` and `decode`."""
     if isinstance(source, (str, Path)):
-        return decode(load(Path(source)), os.fspath(source))
-    return decode(source.read(), "standard input")
+        return decode(load(Path(source)), os.fspath(source), max_pixels)
+    return decode(source.read(), "standard input", max_pixels)
 
 
 def load(path: Path) -> bytes:
@@ -247,11 +258,12 @@ def load(path: Path) -> bytes:
     raise ImageError(f"cannot read {str(path)!r}: {reason}")
 
 
-def decode(data: bytes, name: str) -> Image:
+def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image:
     """Decode the content of a file.
 
     The format is told by the content; the suffix of the name only helps with camera raw and
-    TGA, which have no signature of their own.
+    TGA, which have no signature of their own. Pictures of more than ``max_pixels``, by their
+    header, are refused before memory is set aside for them.
 
     Raises:
         ImageError: for whatever keeps the file from being decoded in full.
@@ -259,7 +271,7 @@ def decode(data: bytes, name: str) -> Image:
     try:
         # The decoders warn about oddities that are either harmless or an error anyway.
         with quiet:
-            return _decode(data, Path(name).suffix.lower())
+            return _decode(data, Path(name).suffix.lower(), max_pixels)
     except ImageError as error:
         reason = _brief(error)
     except PIL.UnidentifiedImageError:
@@ -277,15 +289,42 @@ def _brief(error: Exception) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _decode(data: bytes, suffix: str) -> Image:
+def _decode(data: bytes, suffix: str, max_pixels: int) -> Image:
     """Turn the bytes of a file into an `Image`. ``suffix`` tells camera raw from TIFF."""
     if not data:
         raise ImageError("the file is empty; copy or export it again")
     if suffix in _RAW_SUFFIXES:
-        return _decode_raw(data)
+        return _decode_raw(data, max_pixels)
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return _decode_tiff(data)
-    return _decode_pillow(data, suffix)
+        return _decode_tiff(data, max_pixels)
+    return _decode_pillow(data, suffix, max_pixels)
+
+
+def count_pixels(path: Path) -> int:
+    """Pixels of a picture by its header, without decoding it: to plan with.
+
+    Where the header does not tell at once, the number of bytes stands for it, and 0 for what
+    cannot be read.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return 0
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe may take for ever
+        return 0
+    try:
+        with quiet, path.open("rb") as file:
+            head = file.read(30)
+            size = _webp_size(head)
+            if head.startswith(_PNG_SIGNATURE):  # without Pillow, which takes ten times as long
+                size = struct.unpack(">II", head[16:24])
+            if size is None:
+                file.seek(0)
+                with PIL.Image.open(file, formats=(*_PILLOW_FORMATS, "TIFF", "TGA")) as picture:
+                    size = picture.size
+        return math.prod(size)
+    except Exception:  # Pillow's parsers fail in many ways, of which reading tells
+        return status.st_size
 
 
 def _build(
@@ -295,6 +334,7 @@ def _build(
     metadata: Metadata,
     notes: list[str],
     lossless: bool = True,
+    suffix: str = ".png",
 ) -> Image:
     """Make an `Image` of samples (H, W) or (H, W, 1 to 4) in the file's dtype."""
     samples = samples[:, :, None] if samples.ndim == 2 else samples
@@ -316,7 +356,7 @@ def _build(
             colour = colour.copy()
             colour[invisible] = colour[_nearest(invisible)]
     colour = np.ascontiguousarray(colour)
-    return Image(colour, alpha, metadata, tuple(notes), hidden, lossless)
+    return Image(colour, alpha, metadata, tuple(notes), hidden, lossless, suffix)
 
 
 def to_unit(samples: np.ndarray) -> np.ndarray:
@@ -348,25 +388,28 @@ def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(samples)
 
 
-def _check_size(width: int, height: int, data: bytes | None = None) -> None:
+def _check_size(width: int, height: int, max_pixels: int, data: bytes | None = None) -> None:
     """Refuse a size that a header claims, before memory is set aside for it.
 
     Args:
         width: Pixels.
         height: Pixels.
+        max_pixels: Of the whole picture.
         data: The file, where its coding cannot pack any number of pixels into a few bytes.
     """
     if width < 1 or height < 1:
         raise ImageError("it has no pixels")
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"it claims {width} x {height} pixels, more than the limit of {MAX_PIXELS}; "
-            "cut it into tiles first"
-        )
     if data is not None and width * height > _MAX_PIXELS_PER_BYTE * len(data):
         raise ImageError(
             f"it claims {width} x {height} pixels, which {len(data)} bytes cannot hold; "
             "the file is damaged"
+        )
+    if width * height > max_pixels:
+        raise ImageError(
+            f"it has {width} x {height} pixels, more than the limit of "
+            f"{max_pixels / MEGAPIXEL:g} megapixels; cut it into tiles, or raise the limit: "
+            f"denoise, classify and explain take --max-megapixels "
+            f"{math.ceil(width * height / MEGAPIXEL)}"
         )
 
 
@@ -378,21 +421,19 @@ def _check_frames(frames: int) -> None:
         )
 
 
-def _decode_pillow(data: bytes, suffix: str) -> Image:
+def _decode_pillow(data: bytes, suffix: str, max_pixels: int) -> Image:
     """Decode everything but TIFF and camera raw."""
     formats = _PILLOW_FORMATS + (("TGA",) if suffix == ".tga" else ())
     if _is_heif(data):
         _heif_plugin()
         formats = ("HEIF",)
-    if data[:4] == b"RIFF" and data[12:16] == b"VP8X":
-        # Opening a WebP file already sets memory aside for the size that its header claims.
-        width, height = (1 + int.from_bytes(data[i : i + 3], "little") for i in (24, 27))
-        _check_size(width, height)
-    PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    # Opening a WebP file already sets memory aside for the size that its header claims.
+    if size := _webp_size(data):
+        _check_size(*size, max_pixels)
     PIL.Image.init()  # loads the less common formats; nothing the second time
     with PIL.Image.open(io.BytesIO(data), formats=formats) as picture:
         packs_any = picture.format in ("WEBP", "AVIF", "HEIF")
-        _check_size(*picture.size, None if packs_any else data)
+        _check_size(*picture.size, max_pixels, None if packs_any else data)
         notes: list[str] = []
         if picture.format == "MPO":
             notes.append("only the main picture of a multi-picture JPEG was read")
@@ -424,8 +465,28 @@ def _decode_pillow(data: bytes, suffix: str) -> Image:
             picture.format == "WEBP" and b"VP8L" not in _riff_chunks(data)
         )
     return _build(
-        samples, orientation=orientation, metadata=metadata, notes=notes, lossless=not lossy
+        samples,
+        orientation=orientation,
+        metadata=metadata,
+        notes=notes,
+        lossless=not lossy,
+        suffix=_FORMAT_SUFFIXES.get(picture.format or "", ".png"),
     )
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height by the first chunk of a WebP file; None for other files."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    if data[12:16] == b"VP8X":
+        width, height = (int.from_bytes(data[i : i + 3], "little") for i in (24, 27))
+        return 1 + width, 1 + height
+    if data[12:16] == b"VP8L":  # 14 bits each, behind a byte of signature
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + bits % 2**14, 1 + (bits >> 14) % 2**14
+    # 14 bits each, and two of scale, behind a frame tag and a start code of three bytes.
+    width, height = (int.from_bytes(data[i : i + 2], "little") for i in (26, 28))
+    return width % 2**14, height % 2**14
 
 
 def _bits(picture: PIL.Image.Image, data: bytes) -> int:
@@ -540,7 +601,7 @@ def _png16(picture: PIL.Image.Image, data: bytes) -> np.ndarray:
     return samples
 
 
-def _decode_tiff(data: bytes) -> Image:
+def _decode_tiff(data: bytes, max_pixels: int) -> Image:
     """Decode a TIFF file of one page."""
     tags = _tiff_tags(data)
     notes: list[str] = []
@@ -549,13 +610,13 @@ def _decode_tiff(data: bytes) -> Image:
     metadata = _tiff_metadata(tags)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         if 50706 in tags:  # DNGVersion: the first page is a preview of a camera raw file
-            return _decode_raw(data)
+            return _decode_raw(data, max_pixels)
         _check_frames(_tiff_frames(file))
         page = file.pages.first
         # Fax coding packs any number of white pixels into a bit; such pages are small, though.
         packed = None if page.bitspersample == 1 else data
-        _check_size(page.imagewidth, page.imagelength, packed)
-        _check_size(page.tilewidth or 1, page.tilelength or 1, packed)
+        _check_size(page.imagewidth, page.imagelength, max_pixels, packed)
+        _check_size(page.tilewidth or 1, page.tilelength or 1, max_pixels, packed)
         _check_segments(page, len(data))
         samples = _tiff_samples(page, notes)
         if page.photometric == 5:
@@ -563,7 +624,7 @@ def _decode_tiff(data: bytes) -> Image:
             cmyk = PIL.Image.fromarray(samples, "CMYK")
             samples = np.asarray(_cmyk_to_rgb(cmyk, metadata.icc))
             metadata = replace(metadata, icc=None)
-    return _build(samples, orientation=orientation, metadata=metadata, notes=notes)
+    return _build(samples, orientation=orientation, metadata=metadata, notes=notes, suffix=".tif")
 
 
 def _tiff_tags(data: bytes) -> PIL.Image.Exif:
@@ -665,7 +726,7 @@ def _tiff_metadata(tags: PIL.Image.Exif) -> Metadata:
     )
 
 
-def _decode_raw(data: bytes) -> Image:
+def _decode_raw(data: bytes, max_pixels: int) -> Image:
     """Develop a camera raw file to 16-bit sRGB with the camera's white balance."""
     try:
         import rawpy
@@ -674,7 +735,7 @@ def _decode_raw(data: bytes) -> Image:
             'camera raw needs an extra package; run: pip install "cdnctl[raw]"'
         ) from None
     with rawpy.imread(io.BytesIO(data)) as raw:
-        _check_size(raw.sizes.width, raw.sizes.height)
+        _check_size(raw.sizes.width, raw.sizes.height, max_pixels)
         samples = raw.postprocess(use_camera_wb=True, output_bps=16)  # turned upright, too
     notes = ["camera raw developed to 16-bit sRGB"]
     return _build(samples, metadata=Metadata(), notes=notes)
@@ -858,7 +919,9 @@ def encode(image: Image, suffix: str) -> bytes:
         ) from error
 
 
-def write(image: Image, path: Path, *, strip_metadata: bool = False) -> tuple[str, ...]:
+def write(
+    image: Image, path: Path, *, strip_metadata: bool = False, overwrite: bool = True
+) -> tuple[str, ...]:
     """Write a picture in the format of the path's suffix; return its `conversions`.
 
     The file appears under its name only when it is complete: it is written beside it first,
@@ -867,9 +930,10 @@ def write(image: Image, path: Path, *, strip_metadata: bool = False) -> tuple[st
 
     Args:
         image: The picture.
-        path: Where to; an existing file is replaced, and keeps its permissions.
+        path: Where to.
         strip_metadata: Write pixels and alpha only: no EXIF, no XMP, no text, no resolution
             and no colour profile.
+        overwrite: Replace an existing file, which keeps its permissions.
 
     Raises:
         ImageError: when the picture cannot be written there.
@@ -881,7 +945,7 @@ def write(image: Image, path: Path, *, strip_metadata: bool = False) -> tuple[st
         data = encode(image, suffix)
     except ImageError as error:
         raise ImageError(f"cannot write {str(path)!r}: {error}") from None
-    save(data, path)
+    save(data, path, overwrite=overwrite)
     return conversions(image, suffix)
 
 
@@ -897,15 +961,18 @@ def remove_temporary(path: Path, temporary: str) -> None:
             os.unlink(Path(os.path.realpath(path)).with_name(temporary))
 
 
-def save(data: bytes, path: Path, temporary: str | None = None) -> None:
-    """Write the bytes of a file, all or nothing; an existing file keeps its permissions.
+def save(data: bytes, path: Path, temporary: str | None = None, *, overwrite: bool = True) -> None:
+    """Write the bytes of a file, all or nothing.
 
     Args:
         data: All of them.
         path: Where to.
         temporary: The `temporary_name` beside it until it is complete; by default a new one.
+        overwrite: Replace an existing file, which keeps its permissions. Otherwise one of
+            several writers of a name gets it, however close they are.
 
     Raises:
+        OutputExistsError: when there is a file that must not be replaced.
         ImageError: when it cannot be written there.
         SetupError: when the disk is full.
     """
@@ -922,15 +989,17 @@ def save(data: bytes, path: Path, temporary: str | None = None) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())  # or a power cut could leave the name with half a file
-            if target.exists():
+            if overwrite and target.exists():
                 shutil.copymode(target, part)
-            os.replace(part, target)
+            files.give_name(part, target, overwrite)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
         return
     except (FileNotFoundError, NotADirectoryError):
         reason = f"there is no folder {str(path.parent)!r}; create it first"
+    except FileExistsError:
+        raise OutputExistsError(path) from None
     except PermissionError:
         reason = "permission denied; choose a folder that you may write to"
     except (OSError, ValueError) as error:

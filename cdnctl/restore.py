@@ -59,8 +59,8 @@ class Settings:
             raise UsageError(f"sigma is {self.sigma:g}, but must lie in [0, 1] pixel units")
 
 
-def on_unit_scale(image: Image, settings: Settings) -> Image:
-    """The picture with float samples from black at 0 to white at 1.
+def on_unit_scale(image: Image, settings: Settings, name: str) -> Image:
+    """The picture of that name with float samples from black at 0 to white at 1.
 
     ImageError if there is a range for samples that are no floats, or none for floats that are
     mostly beyond white.
@@ -70,13 +70,14 @@ def on_unit_scale(image: Image, settings: Settings) -> Image:
         if floats and np.count_nonzero(image.samples > 1) > image.samples.size // 2:
             top = float(image.samples.max())
             raise ImageError(
-                f"most float samples are above 1, which is white, and reach {top:.6g}: say what "
-                "is black and white, such as --range 0:255"
+                f"{name!r}: most float samples are above 1, which is white, and reach {top:.6g}: "
+                "say what is black and white, such as --range 0:255"
             )
         return image
     if not floats:
         raise ImageError(
-            f"--range is for float samples, but these are {image.dtype.name}, whose range is known"
+            f"{name!r}: --range is for float samples, but these are {image.dtype.name}, whose "
+            "range is known"
         )
     black, white = settings.range
     return image.with_samples(((image.samples - black) / (white - black)).astype(image.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import struct
@@ -9,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import files, noisy_picture, save_tiny, write
 
+from cdnctl import files as naming
 from cdnctl import images
-from cdnctl.batch import AHEAD, Batch, Job, default_output, expand, find_pictures, plan
+from cdnctl.batch import (
+    AHEAD,
+    LARGE_PIXELS,
+    Batch,
+    Done,
+    Job,
+    count_pixels,
+    default_output,
+    expand,
+    find_pictures,
+    large_last,
+    plan,
+)
 from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Image, Metadata
-from cdnctl.restore import Level, Settings, batch_size, noise_level, restore
+from cdnctl.restore import Level, Restored, Settings, batch_size, noise_level, restore
 from cdnctl.selection import Models
 
 SIGMA = 0.2
@@ -262,13 +277,113 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     assert len(plan([tmp_path / "deep"], tmp_path / "out", True)) == 1
 
 
+def test_a_folder_that_is_still_to_be_made(tmp_path: Path) -> None:
+    (source,) = touch(tmp_path, "a.png")
+    assert plan([source], tmp_path / "new", False, into=True) == [
+        Job(source, tmp_path / "new" / "a.png")
+    ]
+    with pytest.raises(UsageError, match="suffix"):
+        plan([source], tmp_path / "new", False)
+
+
+# -- names that may be given once -----------------------------------------------------------
+
+
+def no_links(*_: object) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_a_name_is_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Whoever wants it at the same moment, and on file systems without hard links as well."""
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    target, count = tmp_path / "name", 16
+    for number in range(20):
+        parts = touch(tmp_path, *(f"{i}.tmp" for i in range(count)))
+        for part in parts:
+            part.write_text(part.name)
+        start = threading.Barrier(count)
+
+        def attempt(part: Path, start: threading.Barrier = start) -> bool:
+            start.wait()
+            try:
+                naming.give_name(part, target, overwrite=False)
+            except FileExistsError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(count) as pool:
+            won = list(pool.map(attempt, parts))
+        (winner,) = (part for part, has in zip(parts, won, strict=True) if has)
+        assert target.read_text() == winner.name, number
+        assert {p for p in parts if p.exists()} == set(parts) - {winner}
+        loser = next(p for p in parts if p.exists())
+        naming.give_name(loser, target, overwrite=True)
+        assert target.read_text() == loser.name and not loser.exists()
+        target.unlink()
+
+
+def test_a_name_that_cannot_be_given_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(FileNotFoundError):
+        naming.give_name(tmp_path / "none.tmp", tmp_path / "name", overwrite=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_that_got_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As network file systems lose it, and try again what is done."""
+    link = os.link
+
+    def twice(part: Path, target: Path) -> None:
+        link(part, target)
+        link(part, target)
+
+    monkeypatch.setattr(os, "link", twice)
+    (part,) = touch(tmp_path, "a.tmp")
+    naming.give_name(part, tmp_path / "a", overwrite=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("when", ["before it is read", "before it is named"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_an_output_that_appears_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, skip: bool
+) -> None:
+    write_pictures(tmp_path / "in", "a.png", "b.png")
+    jobs = plan([tmp_path / "in"], tmp_path / "out", False)
+    (tmp_path / "out").mkdir()
+    mine = tmp_path / "out" / "b.png"
+    if when == "before it is read":
+        mine.write_text("mine")
+    else:
+        encode = images.encode
+
+        def slow(image: Image, suffix: str) -> bytes:
+            mine.write_text("mine")
+            return encode(image, suffix)
+
+        monkeypatch.setattr(images, "encode", slow)
+    run = batch(tmp_path, overwrite=False, skip_existing=skip).run(jobs)
+    done = {d.job.source.name: d for d in run}
+    assert mine.read_text() == "mine" and files(tmp_path / "out").keys() == {"a.png", "b.png"}
+    assert done["a.png"].restored is not None and done["b.png"].restored is None
+    if skip:
+        assert done["b.png"].error is None, "passed over, as asked"
+    else:
+        assert "meanwhile" in str(done["b.png"].error) and done["b.png"].exit_code == 2
+
+
 # -- many files -----------------------------------------------------------------------------
 
 
-def batch(place: Path, options: Settings = Settings(SIGMA)) -> Batch:  # noqa: B008
-    """With a tiny model."""
+def batch(place: Path, options: Settings = Settings(SIGMA), **more: Any) -> Batch:  # noqa: B008
+    """With a tiny model; outputs of an earlier run may be replaced."""
     weights = place / "m.safetensors"
-    return Batch(Models(str(weights if weights.exists() else save_tiny(weights)), CPU), options)
+    models = Models(str(weights if weights.exists() else save_tiny(weights)), CPU)
+    return Batch(models, options, **({"overwrite": True} | more))
 
 
 def write_pictures(folder: Path, *names: str) -> None:
@@ -321,14 +436,14 @@ def test_an_interrupted_write_leaves_nothing(
     write_pictures(tmp_path / "in", "a.png", "b.png")
     models = Models(str(save_tiny(tmp_path / "m.safetensors")), CPU)
     jobs = plan([tmp_path / "in"], tmp_path / "out", False)
-    rename = os.replace
+    give_name = naming.give_name
 
-    def interrupt(source: Path, target: Path) -> None:
+    def interrupt(part: Path, target: Path, overwrite: bool) -> None:
         if target.name == "b.png":
             raise KeyboardInterrupt
-        rename(source, target)
+        give_name(part, target, overwrite)
 
-    monkeypatch.setattr(os, "replace", interrupt)
+    monkeypatch.setattr(naming, "give_name", interrupt)
     with pytest.raises(KeyboardInterrupt):
         list(Batch(models, Settings(SIGMA)).run(jobs))
     assert files(tmp_path / "out").keys() == {"a.png"}
@@ -443,18 +558,18 @@ def test_memory_does_not_grow_with_the_folder(
     held, peak, lock = 0, 0, threading.Lock()
     decode, save = images.decode, images.save
 
-    def counted(data: bytes, name: str) -> Image:
+    def counted(data: bytes, name: str, max_pixels: int) -> Image:
         nonlocal held, peak
-        image = decode(data, name)
+        image = decode(data, name, max_pixels)
         with lock:
             held += 1
             peak = max(peak, held)
         return image
 
-    def slow(data: bytes, path: Path, temporary: str | None = None) -> None:
+    def slow(data: bytes, path: Path, temporary: str, *, overwrite: bool) -> None:
         nonlocal held
         time.sleep(0.02)
-        save(data, path, temporary)
+        save(data, path, temporary, overwrite=overwrite)
         with lock:
             held -= 1
 
@@ -468,6 +583,72 @@ def test_memory_does_not_grow_with_the_folder(
         peak = 0
         assert sum(d.error is None for d in batch(tmp_path).run(jobs)) == count - 1
         assert held == 0 and 3 <= peak <= 5 + (2 if large else 1 + AHEAD)
+
+
+def test_large_pictures_come_last() -> None:
+    sizes = [5, LARGE_PIXELS + 7, 3, LARGE_PIXELS, LARGE_PIXELS + 1, 9, LARGE_PIXELS + 1]
+    jobs = [Job(Path(f"{i}"), Path(f"{i}.out")) for i in range(len(sizes))]
+    order = large_last(dict(zip(jobs, sizes, strict=True)))
+    assert [int(job.source.name) for job in order] == [0, 2, 3, 5, 4, 6, 1]
+
+
+def test_small_pictures_do_not_wait_for_a_large_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for their turn nor to be told of, however slow the disk is."""
+    write_pictures(tmp_path / "in", *(f"{i}.png" for i in range(batch_size(20, 24) + 3)))
+    write(tmp_path / "in" / "large.png", noisy_picture(200, 180))
+    monkeypatch.setattr("cdnctl.batch.LARGE_PIXELS", 1000)
+    give_name, told = naming.give_name, []
+
+    def slow(part: Path, target: Path, overwrite: bool) -> None:
+        time.sleep(0.02)
+        give_name(part, target, overwrite)
+
+    def started(image: Image, *args: Any) -> Restored:
+        assert len(told) == batch_size(20, 24) + 3
+        return restore(image, *args)
+
+    monkeypatch.setattr(naming, "give_name", slow)
+    monkeypatch.setattr("cdnctl.batch.restore", started)
+    monkeypatch.setattr("cdnctl.batch.batch_size", lambda h, w: batch_size(h, w) if h < 99 else 1)
+    for done in batch(tmp_path).run(plan([tmp_path / "in"], tmp_path / "out", False)):
+        told.append(done.job)
+        assert done.error is None
+    assert told[-1].source.name == "large.png"
+
+
+def test_pixels_of_jobs(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", "a.png", "b.tif")
+    (tmp_path / "in" / "c.png").write_text("text")
+    jobs = plan([tmp_path / "in"], tmp_path / "out", False)
+    assert count_pixels(jobs) == dict(zip(jobs, [480, 480, 4], strict=True))
+    assert list(count_pixels(jobs[::-1])) == jobs[::-1] and count_pixels([]) == {}
+
+
+def test_what_is_written_after_the_end_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that is closed while threads still write."""
+    write_pictures(tmp_path / "in", *(f"{i}.png" for i in range(40)))
+    monkeypatch.setattr("cdnctl.batch.batch_size", lambda *_: 1)
+    give_name = naming.give_name
+
+    def slow(part: Path, target: Path, overwrite: bool) -> None:
+        time.sleep(0.05)
+        give_name(part, target, overwrite)
+
+    monkeypatch.setattr(naming, "give_name", slow)
+    jobs = plan([tmp_path / "in"], tmp_path / "out", False)
+    for stop in range(1, 6):
+        late: list[Done] = []
+        run = batch(tmp_path).run(jobs, late)
+        heard = {next(run).job.output for _ in range(stop)}
+        run.close()
+        heard |= {d.job.output for d in late}
+        assert {p.name for p in heard} == files(tmp_path / "out").keys()
+        assert stop <= len(heard) < 40, "or nothing was cut short"
+        shutil.rmtree(tmp_path / "out")
 
 
 # -- the same bytes, however ----------------------------------------------------------------

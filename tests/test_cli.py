@@ -11,12 +11,14 @@ import os
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import PIL.ImageCms
 import pytest
 import torch
@@ -24,11 +26,12 @@ from processes import COMMAND, Result, Run, checked
 from tiny import CLASSES, files, noisy_picture, picture, save_tiny, write
 
 from cdnctl import checkpoints, headers, images
+from cdnctl import files as naming
 from cdnctl.api import load
 from cdnctl.checkpoints import find_weights, load_model, read_header, save_model, weights_hash
 from cdnctl.cli.common import parse_size
 from cdnctl.errors import UsageError, WeightsError
-from cdnctl.images import Metadata
+from cdnctl.images import Image, Metadata
 from cdnctl.training import loop, report
 from cdnctl.training.loop import STATE, read_run
 
@@ -96,10 +99,60 @@ def test_pipes_give_what_files_give(tmp_path: Path, cdnctl: Run, real: Run, weig
     assert images.read(io.BytesIO(plain.out)).metadata == Metadata()
 
 
-def test_a_pipe_keeps_the_format(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
-    write(tmp_path / "a.jpg")
-    done = cdnctl("denoise", "a.jpg", "-o", "-", "--json", "--model", weights)
-    assert done.out[:2] == b"\xff\xd8" and json.loads(done.err)["output"] == "-"
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
+def test_a_pipe_keeps_the_format(tmp_path: Path, cdnctl: Run, weights: Path, suffix: str) -> None:
+    source = write(tmp_path / f"a{suffix}")
+    command = ("denoise", "--json", "--model", weights, "-o", "-")
+    done = cdnctl(*command, source)
+    assert images.read(io.BytesIO(done.out)).suffix == suffix
+    assert json.loads(done.err)["output"] == "-"
+    assert cdnctl(*command, "-", stdin=source.read_bytes()).out == done.out
+    assert cdnctl("denoise", source, "-q", "--model", weights).code == 0
+    assert (tmp_path / f"a_denoised{suffix}").read_bytes() == done.out
+
+
+def test_a_pipe_gives_png_where_the_format_cannot_be_written(
+    tmp_path: Path, cdnctl: Run, weights: Path
+) -> None:
+    gif = io.BytesIO()
+    PIL.Image.new("L", (9, 8), 100).save(gif, "GIF")
+    # Only this kind of BMP has alpha: its header tells where.
+    masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII4I52x", 108, 9, 8, 1, 32, 3, 288, 0, 0, 0, 0, *masks)
+    bmp = b"BM" + struct.pack("<IHHI", 410, 0, 0, 122) + header + bytes(range(36)) * 8
+    assert images.read(io.BytesIO(bmp)).alpha is not None
+    command = ("denoise", "-", "-o", "-", "-q", "--model", weights)
+    for data in (gif.getvalue(), bmp):
+        done = cdnctl(*command, stdin=data)
+        assert done.code == 0 and images.read(io.BytesIO(done.out)).suffix == ".png"
+
+
+def test_a_slash_makes_a_folder(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    source, options = write(tmp_path / "a.png"), ("--model", weights, "-q")
+    for folder in ("nd/", "deep/er/", "x.png/", "nd2//"):
+        assert cdnctl("denoise", source, "-o", folder, *options).code == 0
+        assert files(tmp_path / folder).keys() == {"a.png"}
+    again = cdnctl("denoise", source, "-o", "nd/", *options)
+    assert again.code == 2 and "'nd/a.png' exists" in again.err
+    assert cdnctl("denoise", "-", "-o", "nd3/", *options, stdin=source.read_bytes()).code == 2
+    assert cdnctl("denoise", source, "-o", "nd3", *options).code == 2
+    assert cdnctl("denoise", source, "-o", "a.png/", *options).code == 1
+    assert not (tmp_path / "nd3").exists() and source.is_file()
+
+
+def test_the_limit_of_pixels_can_be_raised(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    PIL.Image.new("L", (1100, 1000)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    options = ("--model", weights, "--sigma", "25", "--max-megapixels")
+    before = files(tmp_path)
+    for args in (("denoise", "a.png"), ("denoise", "-", "-o", "b.png"), ("classify", "a.png"),
+                 ("explain", "a.png", "-o", "c.png")):  # fmt: skip
+        refused = cdnctl(*args, *options, "1", stdin=data)
+        assert refused.code == 1 and "1100 x 1000" in refused.err
+        assert "--max-megapixels 2" in refused.err and files(tmp_path) == before
+        assert cdnctl(*args, *options, "2", "-q", stdin=data).code == 0
+        before = files(tmp_path)
+        assert f"{images.MAX_PIXELS / 1e6:.0f}" in cdnctl(args[0], "--help").text
 
 
 def test_a_pipe_tells_what_a_format_cannot_hold(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
@@ -226,7 +279,7 @@ def test_outputs_that_cannot_be_written(
         raise OSError(errno.ENOSPC, "no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
+        patch.setattr(naming, "give_name", full)
         done = cdnctl("denoise", "in", "-o", "out", *options)
     assert done.code == 3 and "disk is full" in done.err and len(done.err.splitlines()) == 1
     assert files(tmp_path) == before
@@ -573,13 +626,19 @@ def test_stopped_in_a_folder(tmp_path: Path, weights: Path, number: int, code: i
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout and json.loads(process.stdout.readline())
+        assert process.stdout and process.stderr
+        out = process.stdout.readline()
         process.send_signal(number)
-        out, err = process.communicate(timeout=120)
-    checked(Result(process.returncode, out.encode(), err), tmp_path)
+        # Not communicate: it misses what readline has read ahead.
+        out, err = out + process.stdout.read(), process.stderr.read()
+    result = Result(process.returncode, out.encode(), err)
+    checked(result, tmp_path)
     assert process.returncode == code
     done = files(tmp_path / "out")
     assert 1 <= len(done) < 300 and len(set(done.values())) == 1, "every file is whole"
+    told = {Path(r["output"]).name for r in result.records if r["event"] == "restored"}
+    assert told == done.keys(), "every one is told of"
+    assert f"interrupted after {len(done)} of 300 pictures" in err
 
 
 def test_nobody_reads(tmp_path: Path, weights: Path) -> None:
@@ -1085,3 +1144,26 @@ def test_a_classifier_is_not_said_to_denoise(tmp_path: Path, cdnctl: Run, datase
     train = ("train", dataset, "--config", "toy.toml", "--device", "cpu", "--max-seconds", "0")
     done = cdnctl(*train, "--set", "model.arch=classifier", "--runs", "my runs")
     assert done.code == 0 and "cdnctl classify PICTURE --model 'my runs/1'" in done.err
+
+
+def test_float_pictures_on_another_scale(tmp_path: Path, cdnctl: Run) -> None:
+    """Refused unless the range is told; with it as on the scale of 0..1, in the same numbers."""
+    pixels = noisy_picture(40, 50)
+    images.write(Image(pixels.astype(np.float32)), tmp_path / "unit.tif")
+    images.write(Image((pixels * 900 + 100).astype(np.float32)), tmp_path / "counts.tif")
+    model = str(save_tiny(tmp_path / "m.safetensors"))
+    options = ("--model", model, "--sigma", "30")
+    done = cdnctl("denoise", str(tmp_path / "counts.tif"), *options)
+    assert done.code == 1 and "counts.tif" in done.err and "--range" in done.err
+    assert not (tmp_path / "counts_denoised.tif").exists()
+    done = cdnctl("denoise", str(tmp_path / "counts.tif"), *options, "--range", "100:1000")
+    assert done.code == 0 and cdnctl("denoise", str(tmp_path / "unit.tif"), *options).code == 0
+    found = images.read(tmp_path / "counts_denoised.tif").samples
+    expected = images.read(tmp_path / "unit_denoised.tif").samples
+    np.testing.assert_allclose((found - 100) / 900, expected, atol=1e-4)
+    for wrong in ("5", "1:0", "0:nan", "a:b"):
+        done = cdnctl("denoise", str(tmp_path / "unit.tif"), *options, "--range", wrong)
+        assert done.code == 2 and repr(wrong) in done.err
+    images.write(Image.of(pixels, np.uint8), tmp_path / "bytes.png")
+    done = cdnctl("denoise", str(tmp_path / "bytes.png"), *options, "--range", "0:255")
+    assert done.code == 1 and "uint8" in done.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -22,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Run, Started, checked, needs_server, start
+from processes import COMMAND, Run, Started, checked, needs_server, start
 from tiny import files, names, noisy_picture, save_tiny, write
 
-from cdnctl import images
+from cdnctl import checkpoints, images
+from cdnctl import files as naming
+from cdnctl.cli import common
 from cdnctl.manifest import NAME
 
 OPTIONS = ("--model", "m.safetensors", "--sigma", "25")
@@ -43,13 +46,13 @@ def place(tmp_path: Path) -> Path:
 
 def slow_disk() -> None:
     """Files take a while to get their names."""
-    rename = os.replace
+    give_name = naming.give_name
 
-    def slow(source: Path, target: Path) -> None:
+    def slow(part: Path, target: Path, overwrite: bool) -> None:
         time.sleep(0.15)
-        rename(source, target)
+        give_name(part, target, overwrite)
 
-    os.replace = slow  # type: ignore[assignment]
+    naming.give_name = slow
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -292,6 +295,241 @@ def test_what_train_says_stays_on_the_terminal(place: Path, logs: Path) -> None:
         assert seen.index(remark) < min(seen.index("┏"), seen.index("\x1b[?25l"))
 
 
+# -- readers who leave ----------------------------------------------------------------------
+
+# What is left of standard output and error once the shell has started the command.
+LEAVERS = {
+    "after a line": '"$@" | head -n 1',
+    "at once": '"$@" | true',
+    "of both": '"$@" 2>&1 | head -n 1',
+    "before": '"$@" >&-',
+    "of both, before": '"$@" >&- 2>&-',
+}
+
+
+@pytest.mark.parametrize("how", LEAVERS)
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["lines", "json"])
+def test_the_work_outlives_its_reader(place: Path, how: str, more: tuple[str, ...]) -> None:
+    (place / "in" / "05.png").write_text("text")
+    command = [COMMAND, "denoise", "in", "-o", "out", *OPTIONS, *more]
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {LEAVERS[how]}", "sh", *command],
+        cwd=place, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1, "of one picture that failed"
+    assert files(place / "out").keys() == {f"{i:02}.png" for i in range(12)} - {"05.png"}
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+    if how in ("after a line", "at once", "before"):
+        assert "1 of 12 pictures failed" in done.stderr
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["table", "json"])
+def test_rows_outlive_who_looks_at_the_table(place: Path, more: tuple[str, ...]) -> None:
+    command = [COMMAND, "evaluate", "in", "--csv", "rows.csv", "--model", "m.safetensors", *more]
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" | true', "sh", *command],
+        cwd=place, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len((place / "rows.csv").read_text().splitlines()) == 1 + 3 * 12
+
+
+def test_a_picture_for_nobody_is_an_error(place: Path) -> None:
+    """It is the only product."""
+    for rest in ('"$@" -o - | true', '"$@" -o - >&-'):
+        done = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {rest}", "sh", COMMAND, "denoise", "in/00.png",
+             *OPTIONS], cwd=place, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+    done = subprocess.run(
+        ["bash", "-c", '"$@" <&-', "sh", COMMAND, "denoise", "-", "-o", "x.png", *OPTIONS],
+        cwd=place, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2 and "standard input" in done.stderr
+    assert not (place / "x.png").exists()
+
+
+# -- progress where there is no terminal ----------------------------------------------------
+
+
+def test_lines_of_progress(place: Path, cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "EVERY", 0.02)
+    give_name = naming.give_name
+    monkeypatch.setattr("cdnctl.batch.batch_size", lambda *_: 1)
+    monkeypatch.setattr("cdnctl.restore.batch_size", lambda *_: 1)
+
+    def slow(part: Path, target: Path, overwrite: bool) -> None:
+        time.sleep(0.05)
+        give_name(part, target, overwrite)
+
+    monkeypatch.setattr(naming, "give_name", slow)
+    command = ("denoise", "in", "--overwrite", "-o", "out", *OPTIONS)
+    said = [line for line in cdnctl(*command).err.splitlines() if " done" in line]
+    counts = []
+    for line in said:
+        found = re.fullmatch(
+            r"cdnctl: (\d+) of 12 done(, \d:\d\d:\d\d so far| \(\d+% of the work\), about "
+            r"\d+:\d\d:\d\d left)",
+            line,
+        )
+        assert found, line
+        counts.append(int(found[1]))
+    assert counts == sorted(counts) and len(set(counts)) > 2
+    for option in ("--quiet", "--json"):
+        assert " done" not in cdnctl(*command, option).err
+
+
+def test_time_left_is_that_of_the_work_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the number of items, of which the last may be the most work."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    state = common.Progress(6, amount=1010.0)
+    clock[0] += 5
+    assert state.line == "0 of 6 done, 0:00:05 so far"
+    state.skip(10)
+    assert state.line == "1 of 6 done, 0:00:05 so far"
+    state(20.0)
+    clock[0] += 5
+    state(30.0)
+    # Five percent of the work took ten seconds.
+    assert state.line == "3 of 6 done (5% of the work), about 0:03:10 left"
+    state.within(450.0)
+    clock[0] += 3600
+    assert state.line == "3 of 6 done (50% of the work), about 1:00:10 left"
+    state(450.0)
+    assert state.line == "4 of 6 done (50% of the work), about 1:00:10 left"
+    state.within(250.0, "one")
+    state.within(100.0, "another")
+    assert state.done == 850
+    state(150.0, "another")
+    assert state.done == 900, "the end of one item does not undo what is done of another"
+    state(350.0, "one")
+    assert state.line == "6 of 6 done, 1:00:10 so far"
+
+
+# -- the order of a folder ------------------------------------------------------------------
+
+
+def test_large_pictures_wait_for_small_ones(
+    place: Path, cdnctl: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("denoise", "in", "--json", *OPTIONS, "-o")
+    assert cdnctl(*command, "by_name").code == 0
+    monkeypatch.setattr("cdnctl.batch.LARGE_PIXELS", 5000)
+    sizes = [
+        images.count_pixels(place / r["input"])
+        for r in cdnctl(*command, "out").records
+        if r["event"] == "restored"
+    ]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 2
+    assert files(place / "out") == files(place / "by_name")
+    again = cdnctl(*command, "by_name", "--resume")
+    assert again.records[-1]["skipped"] == 12, "what was done in another order is done"
+
+
+# -- two runs for one name ------------------------------------------------------------------
+
+
+def meet() -> None:
+    """In "race", give no file its name before two runs have one to name, or one has done it."""
+    give_name = naming.give_name
+
+    def wait(part: Path, target: Path, overwrite: bool) -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and target.parent.name == "race" and not target.exists():
+            if len(list(target.parent.glob(".*.tmp"))) > 1:
+                break
+            time.sleep(0.001)
+        give_name(part, target, overwrite)
+
+    naming.give_name = wait
+    checkpoints.give_name = wait
+
+
+def meet_piped() -> None:
+    """The same, with a picture on standard input."""
+    meet()
+    sys.stdin = io.TextIOWrapper(open("in/00.png", "rb"))  # noqa: SIM115
+
+
+@needs_server
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("denoise", "in/00.png", "-o", "race/x.png"),
+        ("denoise", "-", "-o", "race/x.png"),
+        ("denoise", "in/00.png", "-o", "TEMPORARY.png", "--uncertainty", "race/u.png"),
+        ("explain", "in/00.png", "-o", "race/why.png"),
+        ("evaluate", "in", "--limit", "1", "--csv", "race/rows.csv"),
+    ],
+    ids=["file", "pipe", "uncertainty", "explain", "csv"],
+)
+def test_one_of_two_gets_the_name(place: Path, logs: Path, command: tuple[str, ...]) -> None:
+    (place / "race").mkdir()
+    prepare = meet_piped if "-" in command else meet
+    runs = [
+        start(
+            *(arg.replace("TEMPORARY", f"own{i}/a") for arg in command), "--model", "m.safetensors",
+            "--sigma", str(20 + i), cwd=place, logs=logs, prepare=prepare,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    results = [run.wait() for run in runs]
+    assert sorted(r.code for r in results) == [0, 2], results
+    (loser,) = (r for r in results if r.code == 2)
+    assert len(loser.err.splitlines()) == 1 and "--overwrite" in loser.err
+    assert "'race/" in loser.err and "meanwhile" in loser.err
+    (made,) = (place / "race").iterdir()
+    (place / "alone").mkdir()
+    level = 20 + [r.code for r in results].index(0)
+    start(
+        *(arg.replace("race/", "alone/").replace("TEMPORARY", "own/a") for arg in command),
+        "--model", "m.safetensors", "--sigma", str(level), cwd=place, logs=logs,
+        prepare=lone_pipe if "-" in command else None,
+    ).wait()  # fmt: skip
+    assert made.read_bytes() == (place / "alone" / made.name).read_bytes(), "the winner's, whole"
+
+
+def lone_pipe() -> None:
+    """A picture on standard input."""
+    sys.stdin = io.TextIOWrapper(open("in/00.png", "rb"))  # noqa: SIM115
+
+
+@needs_server
+@pytest.mark.parametrize("option, codes", [("--overwrite", [0, 0]), ("--skip-existing", [0, 0])])
+def test_two_that_may_both_go_on(place: Path, logs: Path, option: str, codes: list[int]) -> None:
+    (place / "race").mkdir()
+    command = ("denoise", "in/00.png", "-o", "race/x.png", "--model", "m.safetensors", option)
+    runs = [
+        start(*command, "--json", "--sigma", str(20 + i), cwd=place, logs=logs, prepare=meet)
+        for i in range(2)
+    ]
+    results = [run.wait() for run in runs]
+    assert [r.code for r in results] == [0, 0], results
+    events = sorted(r.records[0]["event"] for r in results)
+    expected = ["restored", "skipped" if option == "--skip-existing" else "restored"]
+    assert events == expected and images.read(place / "race" / "x.png").samples.size
+
+
+@needs_server
+def test_two_runs_for_the_same_files(place: Path, logs: Path) -> None:
+    """Without a folder of their own, which would be locked: each file is won by one of them."""
+    sources = [f"in/{i:02}.png" for i in range(0, 12, 3)]
+    command = ("denoise", *sources, *OPTIONS, "--json")
+    results = [
+        run.wait()
+        for run in [start(*command, cwd=place, logs=logs, prepare=slow_disk) for _ in range(2)]
+    ]
+    won = [r["output"] for result in results for r in result.records if r["event"] == "restored"]
+    assert sorted(won) == [s.replace(".png", "_denoised.png") for s in sources]
+    for result in results:
+        lost = [r for r in result.records if r["event"] == "failed"]
+        # One that came after the other had planned is refused as a whole.
+        assert result.code == (2 if not result.records else 1 if lost else 0)
+        assert all("meanwhile" in r["error"] for r in lost)
+
+
 # -- several processes ----------------------------------------------------------------------
 
 
@@ -425,14 +663,14 @@ def sleepy_reading() -> None:
     """A picture that takes long to read."""
     decode = images.decode
 
-    def wait(data: bytes, name: str) -> images.Image:
+    def wait(data: bytes, name: str, max_pixels: int) -> images.Image:
         Path("reading").touch()
         # Python waits for its threads, but no Ctrl-C should wait for the main one.
         main = threading.current_thread() is threading.main_thread()
         end = time.monotonic() + (60 if main else 1)
         while time.monotonic() < end:
             time.sleep(0.01)
-        return decode(data, name)
+        return decode(data, name, max_pixels)
 
     images.decode = wait
 
@@ -488,7 +726,7 @@ def test_a_full_disk(place: Path, cdnctl: Run, monkeypatch: pytest.MonkeyPatch, 
         if count[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    real_open, rename = open, os.replace
+    real_open, give_name = open, naming.give_name
 
     class Disk:
         def __init__(self, file: Any):
@@ -514,13 +752,13 @@ def test_a_full_disk(place: Path, cdnctl: Run, monkeypatch: pytest.MonkeyPatch, 
         wanted = "xb" if where == "the picture" else "a+b"
         return Disk(found) if mode == wanted and "out" in str(file) else found
 
-    def renamed(source: Path, target: Path) -> None:
+    def named(part: Path, target: Path, overwrite: bool) -> None:
         spend()
-        rename(source, target)
+        give_name(part, target, overwrite)
 
     with monkeypatch.context() as patch:
         if where == "its name":
-            patch.setattr(os, "replace", renamed)
+            patch.setattr(naming, "give_name", named)
         else:
             patch.setattr("builtins.open", opened)
         done = cdnctl(*command)

@@ -18,6 +18,7 @@ import torch
 from processes import Started, needs_server, start
 from tiny import files, names, noisy_picture, save_tiny, write
 
+from cdnctl import files as naming
 from cdnctl import images
 from cdnctl.batch import Batch, Done, plan
 from cdnctl.errors import SetupError, UsageError
@@ -238,6 +239,31 @@ def test_a_line_says_what_was_done(place: Path) -> None:
         assert record["parameters"] == json.loads(json.dumps(record["parameters"]))
 
 
+@pytest.mark.parametrize("target, asked", [(None, "none"), ("auto", "auto"), ({"dog": 1.0},) * 2])
+def test_a_line_claims_no_class_that_was_not_asked_for(
+    place: Path, target: str | dict[str, float] | None, asked: object
+) -> None:
+    done = go_on(place, replace(OPTIONS, target=target))
+    for record in lines(place / "out"):
+        assert "class" not in record and record["class_asked"] == asked
+        restored = done[record["output"]].restored
+        assert restored is not None
+        best = max(restored.posterior, key=restored.posterior.__getitem__)
+        assert record["most_probable_class"] == best
+
+
+def test_lines_of_earlier_versions_are_understood(place: Path) -> None:
+    """Which told the most probable class as "class"."""
+    go_on(place)
+    manifest = place / "out" / NAME
+    old = [dict(record) for record in lines(place / "out")]
+    for record in old:
+        del record["class_asked"]
+        record["class"] = record.pop("most_probable_class")
+    manifest.write_text("".join(json.dumps(record) + "\n" for record in old))
+    assert redone(go_on(place)) == set()
+
+
 def test_a_changed_input_is_redone(place: Path) -> None:
     go_on(place)
     before = files(place / "out")
@@ -412,16 +438,16 @@ def test_what_killed_runs_leave_is_removed_and_nothing_else(place: Path) -> None
 def test_a_full_disk_ends_the_run_and_can_be_resumed(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename, room = os.replace, [2]
+    give_name, room = naming.give_name, [2]
 
-    def full(source: Path, target: Path) -> None:
+    def full(part: Path, target: Path, overwrite: bool) -> None:
         room[0] -= 1
         if room[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        rename(source, target)
+        give_name(part, target, overwrite)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
+        patch.setattr(naming, "give_name", full)
         with pytest.raises(SetupError, match="disk is full"):
             go_on(place)
     there = files(place / "out")
@@ -435,13 +461,13 @@ def test_a_full_disk_ends_the_run_and_can_be_resumed(
 
 def slow_disk() -> None:
     """Files take a while to get their names: most kills come in between."""
-    rename = os.replace
+    give_name = naming.give_name
 
-    def slow(source: Path, target: Path) -> None:
+    def slow(part: Path, target: Path, overwrite: bool) -> None:
         time.sleep(0.03)
-        rename(source, target)
+        give_name(part, target, overwrite)
 
-    os.replace = slow  # type: ignore[assignment]
+    naming.give_name = slow
 
 
 @pytest.fixture
@@ -517,10 +543,10 @@ def test_stopped_and_gone_on(forty: Path, logs: Path, number: int, code: int) ->
     process.signal(number)
     stopped = process.wait()
     assert stopped.code == code and not list((forty / "out").rglob("*.tmp"))
-    assert "interrupted after" in stopped.err and "of 40" in stopped.err
     assert "--resume" in stopped.err and len(stopped.err.splitlines()) == 1
     there = files(forty / "out")
     assert 5 < len(there) < 40
+    assert f"interrupted after {len(there)} of 40 pictures" in stopped.err
     refused = start(*COMMAND, "out", cwd=forty, logs=logs).wait()
     assert refused.code == 2 and "--resume" in refused.err
     assert start(*COMMAND, "out", "--resume", cwd=forty, logs=logs).wait().code == 0

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from cdnctl.cli import bench, classify, denoise, evaluate, models, train
-from cdnctl.cli.common import report_error
+from cdnctl.cli.common import outlive_readers, report_error
 from cdnctl.errors import CdnctlError, SetupError, UsageError
 from cdnctl.version import VERSION
 
@@ -82,8 +82,24 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     signal.signal(signal.SIGTERM, _terminate)
+    _fill_descriptors()
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be Unicode
         sys.stdout.reconfigure(errors="backslashreplace")
+    with outlive_readers():
+        _run()
+
+
+def _fill_descriptors() -> None:
+    """Where standard input, output or error is closed, no file may take its number: whatever
+    writes there would write into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def _run() -> None:
     try:
         if "" in sys.argv[1:]:  # as a path it would be the current folder
             raise UsageError("an argument is empty: is a variable of the shell not set?")
@@ -99,9 +115,7 @@ def main() -> None:
     except KeyboardInterrupt:
         report_error("interrupted")
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # what was wanted has not arrived, but there is nobody left to tell
         sys.exit(1)
     except OSError as error:
         report_error(str(error))

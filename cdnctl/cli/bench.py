@@ -117,14 +117,16 @@ def bench(
             raise UsageError(f"{names[0]!r} has random weights: it has a speed, but no quality")
         names = [n for n in names if n not in YARDSTICKS]
         rows = []
-        with progress(len(files) * len(names) * len(levels), quiet=False) as advance:
+        with progress(
+            len(files) * len(names) * len(levels), quiet=False, as_json=as_json
+        ) as advance:
             for row in quality(files, names, levels, threads=threads, watch=advance):
                 rows.append(row)
                 # Printed as plain text, which the bar makes room for.
                 line = f"{row.method}, sigma {_scaled(row):g}: {row.psnr:.2f} dB"
                 print(line, file=sys.stderr, flush=True)
         if plot is not None:
-            _draw(plot, rows)
+            _draw(plot, rows, overwrite)
         if as_json:
             print(json.dumps([asdict(r) | {"sigma": _scaled(r)} for r in rows]))
         else:
@@ -197,7 +199,7 @@ def _quality_table(rows: Sequence[Quality]) -> None:
     print_table(table)
 
 
-def _draw(path: Path, rows: Sequence[Quality]) -> None:
+def _draw(path: Path, rows: Sequence[Quality], overwrite: bool) -> None:
     """PSNR over sigma, and PSNR at the middle one of the levels over the time it takes."""
     methods = list(dict.fromkeys(row.method for row in rows))
     levels = sorted({row.sigma for row in rows})
@@ -235,7 +237,7 @@ def _draw(path: Path, rows: Sequence[Quality]) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.margins(0.2)
 
-    draw(path, [quality, price])
+    draw(path, [quality, price], overwrite)
 
 
 def _scaled(row: Quality) -> float:

@@ -13,6 +13,7 @@ from cdnctl.cli.common import (
     PEAK,
     Device,
     Json,
+    MaxMegapixels,
     ModelOption,
     Quiet,
     Recursive,
@@ -20,7 +21,9 @@ from cdnctl.cli.common import (
     Threads,
     WithClasses,
     keep_existing,
+    need_reader,
     parse_sigma,
+    pixel_limit,
     progress,
     report_error,
     save_numbers,
@@ -42,6 +45,7 @@ def classify(
     model: ModelOption = "auto",
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes to show.")] = 1,
     recursive: Recursive = False,
+    max_megapixels: MaxMegapixels = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -60,11 +64,13 @@ def classify(
 
     models = Models(model, torch_device)
     files = expand(inputs, recursive)
+    max_pixels = pixel_limit(max_megapixels)
     failed = 0
-    with progress(len(files), quiet) as advance:
+    with progress(len(files), quiet, as_json) as advance:
         for path in files:
+            need_reader()
             try:
-                image = images.read(path)
+                image = images.read(path, max_pixels)
                 chosen = models.pick(*image.samples.shape[:2])
                 found = classify(image, chosen, level)
             except ImageError as error:
@@ -117,6 +123,7 @@ def explain(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that exists.")
     ] = False,
+    max_megapixels: MaxMegapixels = None,
     device: Device = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
@@ -144,15 +151,16 @@ def explain(
         raise UsageError(f"{str(source)!r} would overwrite itself: choose another output")
     label = None if target == "auto" else target
     models = Models(model, torch_device, [] if label is None else [label])
-    image = images.read(source)
+    image = images.read(source, pixel_limit(max_megapixels))
     height, width = image.samples.shape[:2]
     chosen = models.pick(height, width)
     noise = noise_level(image.samples, image.alpha, level).sigma
-    found = evidence(chosen, image.samples, noise, label)
+    with progress(1, quiet):
+        found = evidence(chosen, image.samples, noise, label)
     if suffix in NUMBERS:
-        save_numbers(found.heat(height, width), output)
+        save_numbers(found.heat(height, width), output, overwrite)
     else:
-        images.write(drawn(image, found), output)
+        images.write(drawn(image, found), output, overwrite=overwrite)
     if not quiet:
         size = found.support.shape
         print(

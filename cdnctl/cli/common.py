@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import signal
 import sys
@@ -16,13 +17,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand
 
 import cdnctl
-from cdnctl.errors import UsageError
+from cdnctl.errors import OutputExistsError, UsageError
 from cdnctl.headers import bundled, classes
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ ModelOption = Annotated[
     ),
 ]
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Look into folders' folders.")]
+MaxMegapixels = Annotated[
+    int | None,
+    typer.Option(
+        "--max-megapixels", min=1, help="Refuse pictures of more megapixels (default: 250)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
 
@@ -72,6 +79,65 @@ class WithClasses(TyperCommand):
         lines = [f"Classes of {name}: {names}." for name, names in known.items() if names]
         self.epilog = escape("\n\n".join(lines))
         super().format_help(ctx, formatter)
+
+
+class Outliving:
+    """A text stream whose reader may leave: what is printed then goes nowhere, and the work goes
+    on. Everything but text, such as a picture for ``buffer``, still raises BrokenPipeError."""
+
+    def __init__(self, stream: TextIO | None):
+        self.unread = stream is None  # whether the reader has left, or never was
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        """As of the stream."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._leave()
+            return len(text)
+
+    def flush(self) -> None:
+        """As of the stream."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        self.unread = True
+        # Not only from now on: what is still in buffers must go somewhere, too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def outlive_readers() -> Iterator[None]:
+    """Let nobody who closes our standard output or error end the work, which is in files."""
+    before = sys.stdout, sys.stderr
+    streams = [Outliving(stream) for stream in before]
+    sys.stdout, sys.stderr = streams
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def need_reader() -> None:
+    """BrokenPipeError if nobody reads standard output: where there is no work but for it."""
+    if getattr(sys.stdout, "unread", False):
+        raise BrokenPipeError
+
+
+def pixel_limit(megapixels: int | None) -> int:
+    """The most pixels that a picture may have."""
+    from cdnctl import images
+
+    return images.MAX_PIXELS if megapixels is None else megapixels * images.MEGAPIXEL
 
 
 def stderr() -> Console:
@@ -212,6 +278,17 @@ def class_names(target: str | dict[str, float] | None) -> list[str]:
     return list(target) if isinstance(target, dict) else []
 
 
+def parse_range(text: str) -> tuple[float, float]:
+    """Black and white of float samples, such as 0:255."""
+    try:
+        black, white = (float(part) for part in text.split(":"))
+    except ValueError:
+        black = white = math.nan
+    if not (math.isfinite(black) and math.isfinite(white) and black < white):
+        raise UsageError(f"--range is {text!r}, but must be black and white, such as 0:255")
+    return black, white
+
+
 def parse_size(text: str) -> int:
     """An amount of memory, such as 500M, 2G or 1.5GB, in bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
@@ -227,17 +304,20 @@ def keep_existing(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{str(path)!r} exists: give --overwrite to replace it")
 
 
-def save(path: Path, data: bytes) -> None:
-    """Write a whole file or none; UsageError if its place does not take it."""
+def save(path: Path, data: bytes, overwrite: bool) -> None:
+    """Write a whole file or none; UsageError if its place does not take it, OutputExistsError if
+    its name is taken and must not be overwritten."""
     from cdnctl.checkpoints import write_atomically
 
     try:
-        write_atomically(path, data)
+        write_atomically(path, data, overwrite)
+    except FileExistsError:
+        raise OutputExistsError(path) from None
     except OSError as error:
         raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
 
 
-def save_numbers(values: np.ndarray, path: Path) -> None:
+def save_numbers(values: np.ndarray, path: Path, overwrite: bool) -> None:
     """Write a float32 map (H, W) as a TIFF file, or as numpy's .npy; see NUMBERS."""
     from cdnctl import images
 
@@ -246,51 +326,132 @@ def save_numbers(values: np.ndarray, path: Path) -> None:
 
         data = io.BytesIO()
         np.save(data, values)
-        images.save(data.getvalue(), path)
+        save(path, data.getvalue(), overwrite)
     else:
-        images.write(images.Image(values[..., None]), path)
+        images.write(images.Image(values[..., None]), path, overwrite=overwrite)
+
+
+EVERY = 10.0  # seconds between plain lines of progress at first; more in runs of hours
 
 
 class Progress:
-    """Call it after each item; ``within`` is told what share of one large item is done."""
+    """How far a run has come: by items, and by the amount of work that they are.
 
-    def __call__(self) -> None:
+    Call it after each item; ``within`` is told how much of one large item is done.
+    """
+
+    def __init__(self, items: int, amount: float | None = None):
+        self.items, self.count = items, 0
+        self.amount = float(items) if amount is None else amount
+        self._done = 0.0
+        self._parts: dict[object, float] = {}
+        self._started = time.monotonic()
+
+    def __call__(self, amount: float = 1.0, item: object = None) -> None:
         """One item is done."""
+        self.count += 1
+        self._done += amount
+        self._parts.pop(item, None)
+        self._changed()
 
-    def within(self, share: float) -> None:
-        """A share, in [0, 1], of the present item is done."""
+    def skip(self, amount: float = 1.0) -> None:
+        """One item needs no work."""
+        self.count += 1
+        self.amount -= amount
+        self._changed()
+
+    def within(self, amount: float, item: object = None) -> None:
+        """So much of an item is done. Its end may be told of after the next has begun."""
+        self._parts[item] = amount
+        self._changed()
+
+    def _changed(self) -> None:
+        """For those that show it at once."""
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._started
+
+    @property
+    def done(self) -> float:
+        """Amount of the work that is done."""
+        return self._done + sum(self._parts.values())
+
+    @property
+    def line(self) -> str:
+        """How far, in words."""
+        text = f"{self.count} of {self.items} done"
+        if not 0 < self.done < self.amount:
+            return f"{text}, {_clock(self.seconds)} so far"
+        left = self.seconds * (self.amount - self.done) / self.done
+        return f"{text} ({self.done / self.amount:.0%} of the work), about {_clock(left)} left"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
 
 
 @contextmanager
-def progress(total: int, quiet: bool) -> Iterator[Progress]:
-    """A progress bar with rate and time left on a terminal; nothing elsewhere."""
+def progress(
+    items: int, quiet: bool, as_json: bool = False, amount: float | None = None
+) -> Iterator[Progress]:
+    """A progress bar with rate and time left on a terminal. Elsewhere a plain line now and then,
+    but none with ``as_json``: programs may take all that is said on standard error for trouble.
+
+    amount: of all the work, if items are not alike.
+    """
     console = stderr()
-    if quiet or not console.is_terminal:
-        yield Progress()
-        return
+    if quiet or (as_json and not console.is_terminal):
+        yield Progress(items, amount)
+    elif console.is_terminal:
+        with _bar(console, items, amount) as bar:
+            yield bar
+    else:
+        state, over = Progress(items, amount), threading.Event()
+
+        def tell() -> None:
+            while not over.wait(min(max(EVERY, state.seconds / 10), 60 * EVERY)):
+                print(f"cdnctl: {state.line}", file=sys.stderr, flush=True)
+
+        # A thread, as a single step may take minutes.
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield state
+        finally:
+            over.set()
+            teller.join()
+
+
+@contextmanager
+def _bar(console: Console, items: int, amount: float | None) -> Iterator[Progress]:
     from rich import progress as rich
 
     class Bar(Progress):
-        done = 0
-
-        def __call__(self) -> None:
-            self.done += 1
-            rate = f"{self.done / max(time.monotonic() - started, 1e-9):.2g}/s"
-            bar.update(task, completed=self.done, done=self.done, rate=rate)
-
-        def within(self, share: float) -> None:
-            bar.update(task, completed=self.done + share, visible=True)
+        def _changed(self) -> None:
+            rate = f"{self.count / max(self.seconds, 1e-9):.2g}/s"
+            # A single small picture is done before a bar could be read.
+            shown = items > 1 or bool(self._parts)
+            bar.update(
+                task,
+                total=self.amount,
+                completed=self.done,
+                done=self.count,
+                rate=rate,
+                visible=shown,
+            )
 
     with rich.Progress(
         rich.BarColumn(),
-        rich.TextColumn("{task.fields[done]}/{task.total:.0f}  {task.fields[rate]}"),
+        rich.TextColumn("{task.fields[done]}/{task.fields[items]}  {task.fields[rate]}"),
         rich.TimeRemainingColumn(),
         console=console,
         transient=True,
         # Results must not be drawn into the bar's stream when standard output goes elsewhere.
         redirect_stdout=sys.stdout.isatty(),
     ) as bar:
-        started = time.monotonic()
-        # A single small picture is done before a bar could be read.
-        task = bar.add_task("", total=total, done=0, rate="", visible=total > 1)
-        yield Bar()
+        state = Bar(items, amount)
+        task = bar.add_task("", total=state.amount, done=0, items=items, rate="", visible=items > 1)
+        yield state

@@ -21,6 +21,7 @@ from cdnctl.cli.common import (
     ClassOption,
     Device,
     Json,
+    MaxMegapixels,
     ModelOption,
     Quiet,
     Recursive,
@@ -29,9 +30,12 @@ from cdnctl.cli.common import (
     WithClasses,
     class_names,
     keep_existing,
+    need_reader,
     parse_class,
+    parse_range,
     parse_sigma,
     parse_size,
+    pixel_limit,
     progress,
     report_error,
     save_numbers,
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from cdnctl.selection import Models
 
 STDIO = Path("-")
+PIXELS_PER_FILE = 4096  # that take as long as opening, closing and naming files: for progress
 
 
 def register(app: typer.Typer) -> None:
@@ -58,9 +63,15 @@ def denoise(
     inputs: Annotated[
         list[Path], typer.Argument(help="Pictures and folders; - for standard input.")
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="File or folder; - for standard output."),
+    output_name: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PATH",
+            help="File or folder (new/ makes one); - for standard output, in the input's format "
+            "or as PNG.",
+        ),
     ] = None,
     sigma: SigmaOption = "auto",
     target: ClassOption = "none",
@@ -112,6 +123,11 @@ def denoise(
         str | None,
         typer.Option("--memory", help="What the network may take, such as 500M or 2G."),
     ] = None,
+    max_megapixels: MaxMegapixels = None,
+    scale: Annotated[
+        str | None,
+        typer.Option("--range", help="Black and white of float pictures: 0:255. Default: 0:1."),
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -129,6 +145,10 @@ def denoise(
         other = "--overwrite" if overwrite else "--resume"
         raise UsageError(f"{other} and --skip-existing exclude each other")
     budget = None if memory is None else parse_size(memory)
+    max_pixels = pixel_limit(max_megapixels)
+    output = None if output_name is None else Path(output_name)
+    # A path does not keep a slash at its end.
+    into = (output_name or "").endswith((os.sep, os.altsep or os.sep))
     torch_device = start_torch(device, threads)
     import torch
 
@@ -140,7 +160,13 @@ def denoise(
     from cdnctl.selection import Models
 
     settings = Settings(
-        level, wanted, strength, 1.0 if guidance is None else guidance, tile, budget
+        level,
+        wanted,
+        strength,
+        1.0 if guidance is None else guidance,
+        tile,
+        budget,
+        None if scale is None else parse_range(scale),
     )
     models = Models(model, torch_device, class_names(wanted))
     printer = Printer(models, settings, as_json, quiet)
@@ -154,7 +180,9 @@ def denoise(
         }
         for option in (o for o, is_given in given.items() if is_given):
             raise UsageError(f"{option} works with files, not with -")
-        _pipe(inputs, output, models, settings, strip_metadata, overwrite, printer)
+        if into:
+            raise UsageError(f"with - give a file, not the folder -o {output_name!r}")
+        _pipe(inputs, output, models, settings, max_pixels, strip_metadata, overwrite, printer)
         return
     is_folder = output is not None and (len(inputs) > 1 or inputs[0].is_dir())
     if resume and not is_folder:
@@ -162,7 +190,7 @@ def denoise(
 
     with process_group(torch.device("cpu")) as (rank, world), ExitStack() as stack:
         wait_for_all = patient_barrier()
-        jobs = plan(inputs, output, recursive)
+        jobs = plan(inputs, output, recursive, into)
         if uncertainty is not None:
             _check_beside("--uncertainty", uncertainty, jobs, NUMBERS | {".png"}, overwrite)
         if compare is not None:
@@ -179,7 +207,15 @@ def denoise(
             _refuse(existing, output)
         jobs = jobs[rank::world]
 
-        batch = Batch(models, settings, strip_metadata, overwrite=overwrite, resume=resume)
+        batch = Batch(
+            models,
+            settings,
+            strip_metadata,
+            overwrite=overwrite,
+            resume=resume,
+            skip_existing=skip_existing,
+            max_pixels=max_pixels,
+        )
         if output is not None and is_folder:
             batch = replace(batch, manifest=Manifest(output, rank, world))
         if dry_run:
@@ -190,13 +226,14 @@ def denoise(
             wait_for_all()  # no process writes before all have planned
             failed = _report(batch, jobs, passed, printer)
             if uncertainty is not None and jobs and not failed:
-                _write_uncertainty(jobs[0], uncertainty, models, settings)
+                _write_uncertainty(jobs[0], uncertainty, batch, printer)
             if compare is not None and jobs and not failed:
-                _write_comparison(jobs[0], compare)
+                _write_comparison(jobs[0], compare, batch)
             # torchrun ends the other processes when one has failed: not before they are done.
             wait_for_all()
     if failed:
-        raise typer.Exit(1)
+        alone = len(jobs) == 1 and batch.manifest is None
+        raise typer.Exit(failed[0].exit_code if alone else 1)
 
 
 def _refuse(existing: list[Job], output: Path | None) -> None:
@@ -233,32 +270,56 @@ def _announce(batch: Batch, jobs: list[Job], passed: list[Job], printer: Printer
 def _report(batch: Batch, jobs: list[Job], passed: list[Job], printer: Printer) -> list[Done]:
     """Do the work and print each result as it comes; the failures again at the end, and
     returned. passed: jobs that are not to be done."""
-    failed, counts = [], Counter(skipped=len(passed))
+    from cdnctl.batch import count_pixels, large_last
+
     total, started = len(jobs) + len(passed), time.monotonic()
+    heard: dict[Job, str] = {}
+    failed: list[Done] = []
+    late: list[Done] = []
+
+    def hear(done: Done) -> None:
+        # Noted last: what is interrupted before comes again, as late.
+        if done.error is not None:
+            failed.append(done)
+            printer.failure(done)
+            heard[done.job] = "failed"
+        elif done.restored is None:
+            printer.skipped(done.job)
+            heard[done.job] = "skipped"
+        else:
+            printer.result(done.job.source, done.job.output, done.restored, done.seconds)
+            heard[done.job] = "restored"
+
     for job in passed:
         printer.skipped(job)
-    try:
-        with progress(len(jobs), printer.quiet) as advance:
-            for done in replace(batch, watch=advance.within).run(jobs):
-                if done.error is not None:
-                    counts["failed"] += 1
-                    failed.append(done)
-                    printer.failure(done)
-                elif done.restored is None:
-                    counts["skipped"] += 1
-                    printer.skipped(done.job)
+        heard[job] = "skipped"
+    pixels = count_pixels(jobs)
+    work = {job: count + PIXELS_PER_FILE for job, count in pixels.items()}
+    with progress(len(jobs), printer.quiet, printer.as_json, sum(work.values())) as advance:
+        batch = replace(batch, watch=lambda job, share: advance.within(share * work[job], job))
+        results = batch.run(large_last(pixels), late)
+        try:
+            for done in results:
+                hear(done)
+                if heard[done.job] == "skipped":
+                    advance.skip(work[done.job])
                 else:
-                    counts["restored"] += 1
-                    printer.result(done.job.source, done.job.output, done.restored, done.seconds)
-                advance()
-    except (KeyboardInterrupt, SystemExit) as stop:  # the latter: told to terminate
+                    advance(work[done.job], done.job)
+            stop = None
+        except (KeyboardInterrupt, SystemExit) as error:  # the latter: told to terminate
+            stop = error
+            results.close()  # so that late is complete
+            for done in late:
+                if done.job not in heard:
+                    hear(done)
+    counts = Counter(heard.values())
+    if stop is not None:
         hint = ""
         if total > 1:
             way = "--skip-existing" if batch.manifest is None else "--resume"
             hint = f": continue with {way}"
-        report_error(f"interrupted after {counts.total()} of {total} pictures{hint}")
-        code = 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 1)
-        raise typer.Exit(code) from None
+        report_error(f"interrupted after {len(heard)} of {total} pictures{hint}")
+        raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 1))
     if total > 1 or batch.manifest is not None:
         printer.summary(counts, time.monotonic() - started)
     if failed and total > 1:
@@ -273,6 +334,7 @@ def _pipe(
     output: Path | None,
     models: Models,
     settings: Settings,
+    max_pixels: int,
     strip: bool,
     overwrite: bool,
     printer: Printer,
@@ -280,27 +342,37 @@ def _pipe(
     """One picture from standard input and/or to standard output."""
     from cdnctl import images
     from cdnctl.batch import check_suffix
-    from cdnctl.restore import restore
+    from cdnctl.errors import ImageError
+    from cdnctl.restore import on_own_scale, on_unit_scale, restore
 
     if len(inputs) != 1 or output is None:
         raise UsageError("with - give exactly one input and an output: cdnctl denoise - -o out.png")
-    if output != STDIO:
+    if output == STDIO:
+        need_reader()
+    else:
         check_suffix(output)
         keep_existing(output, overwrite)
     source = inputs[0]
-    image = images.read(sys.stdin.buffer if source == STDIO else source)
+    if source == STDIO and sys.stdin is None:
+        raise UsageError("- reads standard input, but that is closed: pipe a picture in")
+    image = images.read(sys.stdin.buffer if source == STDIO else source, max_pixels)
+    image = on_unit_scale(image, settings, str(source))
     started = time.monotonic()
-    with progress(1, printer.quiet) as advance:
+    with progress(1, printer.quiet, printer.as_json) as advance:
         chosen = models.pick(*image.samples.shape[:2])
         restored = restore(image, chosen, settings, advance.within)
     seconds = time.monotonic() - started
-    result = replace(restored.image, metadata=images.Metadata()) if strip else restored.image
+    result = on_own_scale(restored.image, settings)
+    result = replace(result, metadata=images.Metadata()) if strip else result
     if output != STDIO:
         suffix = output.suffix.lower()
-        images.write(result, output)
+        images.write(result, output, overwrite=overwrite)
     else:
-        suffix = source.suffix.lower()
-        suffix = suffix if suffix in images.WRITE_SUFFIXES else ".png"
+        suffix = result.suffix
+        try:
+            images.conversions(result, suffix)
+        except ImageError:  # BMP files are read with transparency, but not written
+            suffix = ".png"
         sys.stdout.buffer.write(images.encode(result, suffix))
         sys.stdout.buffer.flush()
     result = replace(result, notes=result.notes + images.conversions(result, suffix))
@@ -324,27 +396,35 @@ def _check_beside(
     keep_existing(path, overwrite)
 
 
-def _write_uncertainty(job: Job, path: Path, models: Models, settings: Settings) -> None:
+def _write_uncertainty(job: Job, path: Path, batch: Batch, printer: Printer) -> None:
     from cdnctl import images
     from cdnctl.analysis.uncertainty import drawn, posterior_std
+    from cdnctl.restore import on_unit_scale
 
-    image = images.read(job.source)
-    std, sigma = posterior_std(image, models.pick(*image.samples.shape[:2]), settings)
+    image = images.read(job.source, batch.max_pixels)
+    image = on_unit_scale(image, batch.settings, str(job.source))
+    model = batch.models.pick(*image.samples.shape[:2])
+    with progress(1, printer.quiet, printer.as_json):
+        std, sigma = posterior_std(image, model, batch.settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() in NUMBERS:
-        save_numbers(std[..., 0], path)
+        save_numbers(std[..., 0], path, batch.overwrite)
     else:
-        images.write(drawn(std[..., 0], sigma), path)
+        images.write(drawn(std[..., 0], sigma), path, overwrite=batch.overwrite)
 
 
-def _write_comparison(job: Job, path: Path) -> None:
+def _write_comparison(job: Job, path: Path, batch: Batch) -> None:
     """The input beside the output, both as they are in their files."""
     from cdnctl import images
     from cdnctl.figures import before_and_after
+    from cdnctl.restore import on_unit_scale
 
-    both = before_and_after(images.read(job.source), images.read(job.output))
+    before, after = (
+        on_unit_scale(images.read(p, batch.max_pixels), batch.settings, str(p))
+        for p in (job.source, job.output)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    images.write(both, path)
+    images.write(before_and_after(before, after), path, overwrite=batch.overwrite)
 
 
 class Printer:
@@ -387,6 +467,7 @@ class Printer:
                 "weights": model.hash,
                 "class_change": change,
                 "posterior": {k: round(v, 6) for k, v in restored.posterior.items()},
+                "held": round(restored.held, 6),
                 "seconds": round(seconds, 4),
                 "notes": list(restored.image.notes),
             }

@@ -193,9 +193,9 @@ def evaluate(
     else:
         rows = _measure_scores(run, noisy is not None, clip)
         if csv_file is not None:
-            _write_csv(csv_file, rows)
+            _write_csv(csv_file, rows, overwrite)
         if plot is not None:
-            _draw(plot, run.table)
+            _draw(plot, run.table, overwrite)
     run.print()
     if run.failed:
         raise typer.Exit(1)
@@ -292,7 +292,9 @@ def _measure_scores(run: _Run, paired: bool, clip: bool) -> list[dict[str, Any]]
             note(gap)
     per_picture = 1 if paired else len(run.levels)
     every = []
-    with progress(sum(len(s) for _, s in run.models) * per_picture, run.quiet) as advance:
+    with progress(
+        sum(len(s) for _, s in run.models) * per_picture, run.quiet, run.as_json
+    ) as advance:
         for model, samples in run.models:
             rows = []
             for row in evaluate(samples, model, run.levels, run.seed, clip):
@@ -320,7 +322,7 @@ def _measure_robustness(
     from cdnctl.evaluate import read_pictures
 
     runs = sum(len(samples) for _, samples in run.models) * len(run.levels) * len(attacks)
-    with progress(runs, run.quiet) as advance:
+    with progress(runs, run.quiet, run.as_json) as advance:
         for model, samples in run.models:
             if any(sample.label is None for sample in samples):
                 raise UsageError(
@@ -384,7 +386,7 @@ def _measure_ood(run: _Run, others: Sequence[str]) -> None:
             sets[SYNTHETIC] = list(synthetic(run.limit or len(own), side, channels, run.seed))
         rows = []
         count = sum(len(pictures) for pictures in sets.values()) * len(run.levels)
-        with progress(count, run.quiet) as advance:
+        with progress(count, run.quiet, run.as_json) as advance:
             for sigma in run.levels:
                 inside, *outside = (
                     measure(model, pictures, sigma, run.seed, advance) for pictures in sets.values()
@@ -446,15 +448,15 @@ def _scaled(item: Row | Summary | Separation) -> dict[str, Any]:
     return values
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], overwrite: bool) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    save(path, text.getvalue().encode())
+    save(path, text.getvalue().encode(), overwrite)
 
 
-def _draw(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+def _draw(path: Path, table: Sequence[Mapping[str, Any]], overwrite: bool) -> None:
     """PSNR and accuracy of every model over sigma, as far as there is any."""
     titles = {"psnr": "PSNR (dB)", "accuracy": "accuracy"}
     models = list(dict.fromkeys(row["model"] for row in table))
@@ -474,7 +476,7 @@ def _draw(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     if not shown:
         warn(f"{str(path)!r} is not drawn: no score was measured")
         return
-    draw(path, [partial(panel, key) for key in shown])
+    draw(path, [partial(panel, key) for key in shown], overwrite)
 
 
 _TITLES = {

@@ -23,7 +23,7 @@ def check_plot(path: Path) -> None:
         raise UsageError(f"cannot draw {str(path)!r}: its suffix must be one of {', '.join(known)}")
 
 
-def draw(path: Path, panels: Sequence[Callable[[Axes], None]]) -> None:
+def draw(path: Path, panels: Sequence[Callable[[Axes], None]], overwrite: bool) -> None:
     """Panels side by side, each drawn by a function of its axes, as a file."""
     from matplotlib.figure import Figure
 
@@ -34,7 +34,7 @@ def draw(path: Path, panels: Sequence[Callable[[Axes], None]]) -> None:
         panel(axes)
     data = io.BytesIO()
     figure.savefig(data, format=path.suffix[1:].lower(), dpi=150)
-    save(path, data.getvalue())
+    save(path, data.getvalue(), overwrite)
 
 
 def curves(axes: Axes, scores: Mapping[str, Mapping[float, float]], name: str) -> None:
