@@ -217,7 +217,7 @@ class _Illustrator:
         self.step = step
         try:
             if panels := training_panels(read_results(folder)):
-                draw(folder / CURVES, panels)
+                draw(folder / CURVES, panels, overwrite=True)
             if samples is not None:
                 write_atomically(folder / SAMPLES / f"{step:09}.png", sheet(samples))
         except Exception as error:  # a full disk, or fonts that are not there
