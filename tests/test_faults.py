@@ -325,7 +325,8 @@ def test_the_work_outlives_its_reader(place: Path, how: str, more: tuple[str, ..
 
 @pytest.mark.parametrize("more", [(), ("--json",)], ids=["table", "json"])
 def test_rows_outlive_who_looks_at_the_table(place: Path, more: tuple[str, ...]) -> None:
-    command = [COMMAND, "evaluate", "in", "--csv", "rows.csv", "--model", "m.safetensors", *more]
+    command = [COMMAND, "evaluate", "in", "--csv", "rows.csv", "--model", "m.safetensors",
+               "--quiet", *more]  # fmt: skip
     done = subprocess.run(
         ["bash", "-c", 'set -o pipefail; "$@" | true', "sh", *command],
         cwd=place, capture_output=True, text=True, timeout=300,
@@ -461,7 +462,7 @@ def meet_piped() -> None:
         ("denoise", "-", "-o", "race/x.png"),
         ("denoise", "in/00.png", "-o", "TEMPORARY.png", "--uncertainty", "race/u.png"),
         ("explain", "in/00.png", "-o", "race/why.png"),
-        ("evaluate", "in", "--limit", "1", "--csv", "race/rows.csv"),
+        ("evaluate", "in", "--limit", "1", "--csv", "race/rows.csv", "-q"),
     ],
     ids=["file", "pipe", "uncertainty", "explain", "csv"],
 )

@@ -33,6 +33,7 @@ LAYERS = [
     {"models"},
     {"core"},
     {"fields"},
+    {"files"},
     {"errors", "headers", "version"},
 ]
 DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
