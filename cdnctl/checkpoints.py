@@ -291,7 +291,7 @@ def card(path: Path) -> str:
     lines += [
         f"# {header.name}",
         "",
-        "Joint density of noisy pictures and classes "
+        "Joint model of noisy pictures and classes "
         "(Classification-Denoising Networks, Thiry and Guth 2024), made by `cdnctl train`.",
         "",
         f"- architecture: `{header.arch}`, {count / 1e6:.2f} million parameters, "
@@ -306,15 +306,14 @@ def card(path: Path) -> str:
         "",
         "## Scores",
         "",
-        "PSNR in dB and SSIM: mean over pictures; Gaussian noise from a fixed seed, not clipped; "
-        "output clipped. sigma: on the 0..255 scale. "
+        "PSNR in dB and SSIM: mean over pictures; output clipped. sigma: on the 0..255 scale. "
         "'class told': denoised given the true class.",
     ]
     for data, report in header.scores.items():
         lines += [
             "",
             f"{data} ({report['scores'][0].get('pictures')} pictures, seed "
-            f"{report['protocol']['seed']}):",
+            f"{report['protocol']['seed']}, noise {report['protocol'].get('noise', 'gaussian')}):",
             "",
             "| sigma | PSNR | SSIM | PSNR, class told | accuracy |",
             "|---|---|---|---|---|",
