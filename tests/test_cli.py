@@ -1167,3 +1167,24 @@ def test_float_pictures_on_another_scale(tmp_path: Path, cdnctl: Run) -> None:
     images.write(Image.of(pixels, np.uint8), tmp_path / "bytes.png")
     done = cdnctl("denoise", str(tmp_path / "bytes.png"), *options, "--range", "0:255")
     assert done.code == 1 and "uint8" in done.err
+
+
+def test_noise_says_what_denoise_goes_by(tmp_path: Path, cdnctl: Run) -> None:
+    clean = picture(128, 160)
+    grain = np.random.default_rng(0).standard_normal(clean.shape)
+    (tmp_path / "in").mkdir()
+    images.write(Image.of(clean + 0.06 * grain, np.uint8), tmp_path / "in" / "a.png")
+    images.write(Image.of(clean[:30, :30], np.uint8), tmp_path / "in" / "small.png")
+    (tmp_path / "in" / "bad.png").write_text("text")
+    done = cdnctl("noise", str(tmp_path / "in"), "--json")
+    assert done.code == 1
+    found = {Path(r["input"]).name: r for r in done.records}
+    assert "error" in found["bad.png"] and "levels" not in found["small.png"]
+    assert found["a.png"]["sigma"] == pytest.approx(0.06 * 255, rel=0.1)
+    assert len(found["a.png"]["levels"]) == 3 and found["a.png"]["confidence"] == 1
+    model = str(save_tiny(tmp_path / "m.safetensors"))
+    one = str(tmp_path / "in" / "a.png")
+    (restored,) = cdnctl("denoise", one, "--model", model, "--json").records
+    assert restored["sigma"] == found["a.png"]["sigma"]
+    said = cdnctl("noise", one)
+    assert said.code == 0 and "white noise" in said.text and "denoise goes by sigma" in said.text
