@@ -353,7 +353,7 @@ class Batch:
             time_of_input = changed(job.source)  # before it is read, see there
             data = images.load(job.source)
             image = images.decode(data, str(job.source), self.max_pixels)
-            image = on_unit_scale(image, self.settings, str(job.source))
+            image = on_unit_scale(image, self.settings.range, str(job.source))
             level = noise_level(image.samples, image.alpha, self.settings.sigma)
             origin = Origin(digest(data), len(data), time_of_input)
             return _Loaded(job, image, level, origin, overwrite, time.monotonic() - started)
@@ -399,7 +399,7 @@ class Batch:
         try:
             job.output.parent.mkdir(parents=True, exist_ok=True)
             image, suffix = restored.image, job.output.suffix.lower()
-            image = on_own_scale(image, self.settings)
+            image = on_own_scale(image, self.settings.range)
             if self.strip_metadata:
                 image = replace(image, metadata=images.Metadata())
             data = images.encode(image, suffix)

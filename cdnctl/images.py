@@ -343,8 +343,6 @@ def _build(
         metadata = replace(metadata, xmp=_XMP_ORIENTATION.sub(rb"\g<1>1", metadata.xmp))
     if samples.dtype.kind == "f" and not np.isfinite(samples).all():
         raise ImageError("it has samples that are not finite numbers (NaN or infinity); mend it")
-    if samples.dtype.kind == "f" and np.count_nonzero(samples > 1) > samples.size // 2:
-        notes.append("most samples are above 1, which is taken for white")
     channels = samples.shape[2]
     alpha = np.ascontiguousarray(samples[:, :, -1]) if channels in (2, 4) else None
     colour = samples if alpha is None else samples[:, :, :-1]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ class Noise:
     shape: tuple[float, ...]
     levels: tuple[tuple[float, ...], ...]
     confidence: float
+    measured: bool = True  # False: there was too little to measure by
 
     @staticmethod
     def white(sigma: float, channels: int = 3) -> Noise:
@@ -293,6 +294,7 @@ def measure(pixels: Array, alpha: Array | None = None) -> Noise:
     axes = AXES if channels == 3 else np.eye(1)
     emptied = _emptied(y)
     y = y @ axes.T.astype(np.float32)
+    pattern = _is_pattern(y)
     found = []
     for j in range(OCTAVES):
         if min(y.shape[:2]) < 2 * _BLOCK:
@@ -303,8 +305,22 @@ def measure(pixels: Array, alpha: Array | None = None) -> Noise:
         found.append(part)
         y, clipped = halved(y), halved(clipped)
     if not found:
-        return Noise((0.0, 1.0), (1.0, 1.0), ((0.0,) * OCTAVES,) * channels, 0.0)
-    return _model(found, channels, emptied)
+        nothing = ((0.0,) * OCTAVES,) * channels
+        return Noise((0.0, 1.0), (1.0, 1.0), nothing, 0.0, measured=False)
+    model = _model(found, channels, emptied)
+    return replace(model, confidence=0.0) if pattern else model
+
+
+def _is_pattern(pixels: Array) -> bool:
+    """Whether the fine octave of luma, the first of (H, W, C), is of few cosines, as of a
+    checkerboard: noise has them all. Below 0.1 there; above 0.25 for photographs, noisy or not."""
+    if min(pixels.shape[:2]) < 4 * _BLOCK:
+        return False
+    blocks = _blocks(pixels[:, :, :1], _BLOCK)[:, 0]
+    power = ((blocks @ _EVEN) ** 2).mean(0) + 1e-12
+    # JPEG leaves few cosines, too, but weak ones.
+    strong = power.mean() > (8 / PEAK) ** 2
+    return bool(strong and np.exp(np.log(power).mean()) < 0.15 * power.mean())
 
 
 def _model(found: Sequence[_Octave], channels: int, emptied: float) -> Noise:
@@ -369,11 +385,13 @@ def _confidence(
         return fine, 1.0
     coarse = noise(texture[1], 1.2, 1.6)
     # Texture would be twice as strong, and more, in the third octave as in the second.
-    sure = noise(texture[1], 1.05, 1.2) * ramp(luma[2] / max(luma[1], 1e-9), 1.8, 2.3)
+    grain = ramp(luma[2] / max(luma[1], 1e-9), 1.8, 2.3)
+    sure = noise(texture[1], 1.05, 1.2) * grain
     # Where JPEG has emptied the first, unevenly, the second is the better witness.
     coded = ramp(emptied, 0.3, 0.1)
     confidence = max(fine, sure, coded * noise(texture[1], 1.1, 1.45))
-    return confidence, max(1 + 0.8 * coarse, 1 + 3 * sure, 1.8 + 1.2 * coded)
+    growth = max(0.8, 0.8 * coarse, 3 * sure) * grain
+    return confidence, 1 + max(growth, 2 * coded)
 
 
 def _lower_curve(sets: Sequence[tuple[Array, Array]]) -> tuple[Array, Array, Array, Array]:

@@ -59,18 +59,18 @@ class Settings:
             raise UsageError(f"sigma is {self.sigma:g}, but must lie in [0, 1] pixel units")
 
 
-def on_unit_scale(image: Image, settings: Settings, name: str) -> Image:
+def on_unit_scale(image: Image, scale: tuple[float, float] | None, name: str) -> Image:
     """The picture of that name with float samples from black at 0 to white at 1.
 
-    ImageError if there is a range for samples that are no floats, or none for floats that are
-    mostly beyond white.
+    scale: what is black and white. ImageError if it is given for samples that are no floats or
+    do not go with it, or is not for floats that are mostly beyond white.
     """
     floats = image.dtype.kind == "f"
-    if settings.range is None:
+    low, high = float(image.samples.min()), float(image.samples.max())
+    if scale is None:
         if floats and np.count_nonzero(image.samples > 1) > image.samples.size // 2:
-            top = float(image.samples.max())
             raise ImageError(
-                f"{name!r}: most float samples are above 1, which is white, and reach {top:.6g}: "
+                f"{name!r}: most float samples are above 1, which is white, and reach {high:.6g}: "
                 "say what is black and white, such as --range 0:255"
             )
         return image
@@ -79,15 +79,20 @@ def on_unit_scale(image: Image, settings: Settings, name: str) -> Image:
             f"{name!r}: --range is for float samples, but these are {image.dtype.name}, whose "
             "range is known"
         )
-    black, white = settings.range
+    black, white = scale
+    if high - low < 0.02 * (white - black):
+        raise ImageError(
+            f"{name!r}: its samples go from {low:.6g} to {high:.6g}, next to nothing of the range "
+            f"from {black:g} to {white:g}: give another --range, or none for 0:1"
+        )
     return image.with_samples(((image.samples - black) / (white - black)).astype(image.dtype))
 
 
-def on_own_scale(image: Image, settings: Settings) -> Image:
+def on_own_scale(image: Image, scale: tuple[float, float] | None) -> Image:
     """What `on_unit_scale` was given, of what was made of it."""
-    if settings.range is None:
+    if scale is None:
         return image
-    black, white = settings.range
+    black, white = scale
     samples = image.samples * (white - black) + black
     return image.with_samples(samples.astype(image.dtype))
 
@@ -366,9 +371,21 @@ def noise_level(
     if min(samples.shape[:2]) >= MEASURABLE:
         part = sampled(samples[:, :, :1] if _is_gray(samples) else samples)
         noise = measure(images.to_unit(part), None if alpha is None else sampled(alpha))
-        if noise.confidence > 0 or noise.sigma > 0:
+        if noise.told > 0 and samples.dtype.kind == "u" and _few_values(samples, noise.told):
+            noise = replace(noise, confidence=0.0)
+        if noise.measured:
             return Level(noise.safe, noise)
-    return Level(estimate_sigma(samples, alpha))
+    sigma = estimate_sigma(samples, alpha)
+    inks = samples.dtype.kind == "u" and _few_values(samples, sigma)
+    return Level(0.0 if inks else sigma)
+
+
+def _few_values(samples: np.ndarray, sigma: float) -> bool:
+    """Whether samples have fewer values than noise of sigma would spread over: a picture of a few
+    inks, dithered or striped."""
+    width = 2 * sigma * float(np.iinfo(samples.dtype).max)
+    parts = sampled(samples)
+    return max(len(np.unique(parts[..., c])) for c in range(parts.shape[2])) < width
 
 
 def _relative(noise: Noise, tone: Tensor) -> Tensor:
@@ -556,17 +573,19 @@ def restore(
             field = Field(model, image.samples, level, CLASS_TILE, logits=logits)
         with memory_errors(field):
             change = class_change(field, logits, settings)
-    result = _noted(image.with_samples(samples), level, held)
+    result = _noted(image.with_samples(samples), level, held, settings.sigma is not None)
     return Restored(result, level.sigma, field.seen, found, held, change)
 
 
-def _noted(image: Image, level: Level, held: float) -> Image:
-    """A restored picture with remarks on what should not go unsaid."""
+def _noted(image: Image, level: Level, held: float, told: bool) -> Image:
+    """A restored picture with remarks on what should not go unsaid. told: of its sigma."""
     notes = []
     if held > TOLD:
+        share = f"{held:.0%}" if held >= 0.01 else "less than 1%"
+        why = "sigma may be too low, or " if told else ""
         notes.append(
-            f"held back on {held:.0%} of the picture, where the model would have changed more "
-            "than such noise can: is sigma too low?"
+            f"held back on {share} of the picture, where the model would change more than such "
+            f"noise can: {why}it does not know such pictures"
         )
     noise = level.noise
     if noise is not None and noise.confidence < 0.5 and noise.told > 1 / images.PEAK:
@@ -744,6 +763,7 @@ def restore_batch(
                 ),
                 field.level,
                 held,
+                settings.sigma is not None,
             ),
             field.sigma,
             field.seen,

@@ -10,7 +10,9 @@ from camera import Camera, pair
 from skimage import data
 from skimage.transform import resize
 
+from cdnctl.images import Image
 from cdnctl.noise import AXES, OCTAVES, Noise, halved, measure
+from cdnctl.restore import noise_level
 
 
 def scene(name: str = "astronaut", channels: int = 3) -> np.ndarray:
@@ -167,3 +169,21 @@ def test_white_profile() -> None:
     noise = Noise.white(0.1)
     assert noise.sigma == pytest.approx(0.1) and noise.told == 0.1 and noise.is_white
     assert noise.grain == 1 and noise.chroma == 1 and np.shape(noise.levels) == (3, OCTAVES)
+
+
+def test_dithers_stripes_and_checks_are_no_noise() -> None:
+    """Few values, or few frequencies, whatever the contrast."""
+    place = np.arange(128)
+    checks = np.where((place[:, None] + place) % 2, 0.85, 0.15)[..., None].repeat(3, -1)
+    stripes = np.where(place % 2, 0.35, 0.63)[None, :, None] * np.ones((128, 1, 3))
+    photo = data.coffee()[100:228, 200:328] / 255
+    bayer = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]) / 16
+    dither = np.floor(photo * 3 + np.tile(bayer, (32, 32))[..., None]) / 3
+    for clean in (checks, stripes, dither):
+        level = noise_level(Image.of(np.clip(clean, 0, 1), np.uint8).samples)
+        assert level.sigma == 0
+    noisy = Image.of(np.clip(checks + 5 / 255 * white(checks.shape), 0, 1), np.uint8)
+    assert noise_level(noisy.samples).sigma < 6 / 255
+    assert (
+        noise_level(Image.of(photo + 15 / 255 * white(photo.shape), np.uint8).samples).sigma > 0.05
+    )

@@ -16,12 +16,14 @@ from cdnctl.cli.common import (
     MaxMegapixels,
     ModelOption,
     Quiet,
+    RangeOption,
     Recursive,
     SigmaOption,
     Threads,
     WithClasses,
     keep_existing,
     need_reader,
+    parse_range,
     parse_sigma,
     pixel_limit,
     progress,
@@ -46,6 +48,7 @@ def classify(
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes to show.")] = 1,
     recursive: Recursive = False,
     max_megapixels: MaxMegapixels = None,
+    scale: RangeOption = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -59,18 +62,19 @@ def classify(
     torch_device = start_torch(device, threads)
     from cdnctl import images
     from cdnctl.batch import expand
-    from cdnctl.restore import classify
+    from cdnctl.restore import classify, on_unit_scale
     from cdnctl.selection import Models
 
     models = Models(model, torch_device)
     files = expand(inputs, recursive)
     max_pixels = pixel_limit(max_megapixels)
+    white = parse_range(scale)
     failed = 0
     with progress(len(files), quiet, as_json) as advance:
         for path in files:
             need_reader()
             try:
-                image = images.read(path, max_pixels)
+                image = on_unit_scale(images.read(path, max_pixels), white, str(path))
                 chosen = models.pick(*image.samples.shape[:2])
                 found = classify(image, chosen, level)
             except ImageError as error:
@@ -124,6 +128,7 @@ def explain(
         bool, typer.Option("--overwrite", help="Replace an output that exists.")
     ] = False,
     max_megapixels: MaxMegapixels = None,
+    scale: RangeOption = None,
     device: Device = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
@@ -141,7 +146,7 @@ def explain(
     from cdnctl import images
     from cdnctl.analysis.evidence import drawn, evidence
     from cdnctl.batch import same_file
-    from cdnctl.restore import noise_level
+    from cdnctl.restore import noise_level, on_unit_scale
     from cdnctl.selection import Models
 
     suffix = output.suffix.lower()
@@ -152,6 +157,7 @@ def explain(
     label = None if target == "auto" else target
     models = Models(model, torch_device, [] if label is None else [label])
     image = images.read(source, pixel_limit(max_megapixels))
+    image = on_unit_scale(image, parse_range(scale), str(source))
     height, width = image.samples.shape[:2]
     chosen = models.pick(height, width)
     noise = noise_level(image.samples, image.alpha, level).sigma

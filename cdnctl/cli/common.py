@@ -63,6 +63,12 @@ MaxMegapixels = Annotated[
         "--max-megapixels", min=1, help="Refuse pictures of more megapixels (default: 250)."
     ),
 ]
+RangeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--range", help="Black and white of float pictures, such as 0:255 (default: 0:1)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
 
@@ -278,8 +284,10 @@ def class_names(target: str | dict[str, float] | None) -> list[str]:
     return list(target) if isinstance(target, dict) else []
 
 
-def parse_range(text: str) -> tuple[float, float]:
+def parse_range(text: str | None) -> tuple[float, float] | None:
     """Black and white of float samples, such as 0:255."""
+    if text is None:
+        return None
     try:
         black, white = (float(part) for part in text.split(":"))
     except ValueError:

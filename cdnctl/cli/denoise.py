@@ -24,6 +24,7 @@ from cdnctl.cli.common import (
     MaxMegapixels,
     ModelOption,
     Quiet,
+    RangeOption,
     Recursive,
     SigmaOption,
     Threads,
@@ -124,10 +125,7 @@ def denoise(
         typer.Option("--memory", help="What the network may take, such as 500M or 2G."),
     ] = None,
     max_megapixels: MaxMegapixels = None,
-    scale: Annotated[
-        str | None,
-        typer.Option("--range", help="Black and white of float pictures: 0:255. Default: 0:1."),
-    ] = None,
+    scale: RangeOption = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -166,7 +164,7 @@ def denoise(
         1.0 if guidance is None else guidance,
         tile,
         budget,
-        None if scale is None else parse_range(scale),
+        parse_range(scale),
     )
     models = Models(model, torch_device, class_names(wanted))
     printer = Printer(models, settings, as_json, quiet)
@@ -356,13 +354,13 @@ def _pipe(
     if source == STDIO and sys.stdin is None:
         raise UsageError("- reads standard input, but that is closed: pipe a picture in")
     image = images.read(sys.stdin.buffer if source == STDIO else source, max_pixels)
-    image = on_unit_scale(image, settings, str(source))
+    image = on_unit_scale(image, settings.range, str(source))
     started = time.monotonic()
     with progress(1, printer.quiet, printer.as_json) as advance:
         chosen = models.pick(*image.samples.shape[:2])
         restored = restore(image, chosen, settings, advance.within)
     seconds = time.monotonic() - started
-    result = on_own_scale(restored.image, settings)
+    result = on_own_scale(restored.image, settings.range)
     result = replace(result, metadata=images.Metadata()) if strip else result
     if output != STDIO:
         suffix = output.suffix.lower()
@@ -402,7 +400,7 @@ def _write_uncertainty(job: Job, path: Path, batch: Batch, printer: Printer) -> 
     from cdnctl.restore import on_unit_scale
 
     image = images.read(job.source, batch.max_pixels)
-    image = on_unit_scale(image, batch.settings, str(job.source))
+    image = on_unit_scale(image, batch.settings.range, str(job.source))
     model = batch.models.pick(*image.samples.shape[:2])
     with progress(1, printer.quiet, printer.as_json):
         std, sigma = posterior_std(image, model, batch.settings)
@@ -420,7 +418,7 @@ def _write_comparison(job: Job, path: Path, batch: Batch) -> None:
     from cdnctl.restore import on_unit_scale
 
     before, after = (
-        on_unit_scale(images.read(p, batch.max_pixels), batch.settings, str(p))
+        on_unit_scale(images.read(p, batch.max_pixels), batch.settings.range, str(p))
         for p in (job.source, job.output)
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -163,6 +163,8 @@ def evaluate(
     for option, value in others.items():
         if mode and value:
             raise UsageError(f"{option} goes with the scores, not with {mode}")
+    if noisy is not None and sigma is not None:
+        raise UsageError(f"--sigma {sigma} is of noise to add, but --noisy pictures have theirs")
     if clip and noisy is not None:
         raise UsageError("--clip is about noise that is added, but --noisy pictures have theirs")
     if attack_from is not None and not attack:

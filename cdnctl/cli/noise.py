@@ -14,8 +14,10 @@ from cdnctl.cli.common import (
     Json,
     MaxMegapixels,
     Quiet,
+    RangeOption,
     Recursive,
     need_reader,
+    parse_range,
     pixel_limit,
     progress,
     report_error,
@@ -33,6 +35,7 @@ def noise(
     inputs: Annotated[list[Path], typer.Argument(help="Pictures and folders.")],
     recursive: Recursive = False,
     max_megapixels: MaxMegapixels = None,
+    scale: RangeOption = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -42,15 +45,17 @@ def noise(
     """
     from cdnctl import images
     from cdnctl.batch import expand
-    from cdnctl.restore import noise_level
+    from cdnctl.restore import noise_level, on_unit_scale
 
     files = expand(inputs, recursive)
+    white = parse_range(scale)
     failed = 0
     with progress(len(files), quiet, as_json) as advance:
         for path in files:
             need_reader()
             try:
                 image = images.read(path, pixel_limit(max_megapixels))
+                image = on_unit_scale(image, white, str(path))
                 level = noise_level(image.samples, image.alpha)
             except ImageError as error:
                 failed += 1
