@@ -153,7 +153,8 @@ class Noise:
             fields = json.loads(text)
             numbers = {k: tuple(float(x) for x in fields[k]) for k in ("tones", "shape")}
             levels = tuple(tuple(float(x) for x in row) for row in fields["levels"])
-            noise = Noise(**numbers, levels=levels, confidence=float(fields["confidence"]))
+            sure = float(fields["confidence"])
+            noise = Noise(numbers["tones"], numbers["shape"], levels, sure)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"not a noise profile: {error}") from None
         values = [*noise.tones, *noise.shape, *(x for row in levels for x in row)]
