@@ -161,7 +161,8 @@ def test_a_pipe_tells_what_a_format_cannot_hold(tmp_path: Path, cdnctl: Run, wei
     by_file = cdnctl("denoise", deep, "-o", "a.webp", *options)
     piped = cdnctl("denoise", "-", "-o", "b.webp", *options, stdin=deep.read_bytes())
     (notes,) = (record["notes"] for record in piped.records)
-    assert notes == by_file.records[0]["notes"] and len(notes) == 2
+    assert notes == by_file.records[0]["notes"]
+    assert notes[-2:] == ["uint16 samples stored as uint8", "IPTC data left out"]
     done = cdnctl("denoise", "-", "-o", "c.xyz", *options, stdin=deep.read_bytes())
     assert done.code == 2 and ".webp" in done.err
 

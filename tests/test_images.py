@@ -447,13 +447,6 @@ def test_float_tiff_keeps_values_outside_the_unit_range():
     assert images.conversions(image, ".png") == ("float32 samples stored as uint16",)
 
 
-def test_floats_on_another_scale_are_told():
-    samples = np.random.default_rng(0).random((8, 9, 3), np.float32)
-    assert not images.decode(images.encode(Image(samples), ".tif"), "a.tif").notes
-    (note,) = images.decode(images.encode(Image(samples * 255), ".tif"), "a.tif").notes
-    assert "white" in note
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_numbers_that_are_not_finite_are_refused(bad):
     samples = np.full((3, 3, 1), bad, np.float32)
