@@ -108,7 +108,7 @@ class Model(nn.Module):
         """Device of the weights."""
         return next(self.module.parameters()).device
 
-    def weights(self, c: ClassSpec) -> Tensor | None:
+    def mixture(self, c: ClassSpec) -> Tensor | None:
         """Class weights, (K,) or as given, of a class name, an index, a mixture of names, a
         tensor of weights, or None (the posterior); of a list of them, one per picture, (B, K).
         Mixtures are normalised to a sum of 1.
@@ -157,8 +157,8 @@ class Model(nn.Module):
         these per picture, or weights (K,) or (B, K).
         """
         self._need("denoises", "denoise")
-        given, weights = self._given(y, sigma, c)
-        return given.picture(joint.denoise(self.module, given.y, given.sigma, weights))
+        given, mixture = self._given(y, sigma, c)
+        return given.picture(joint.denoise(self.module, given.y, given.sigma, mixture))
 
     @overload
     def score(self, y: Tensor, sigma: Sigma, c: ClassSpec = None) -> Tensor: ...
@@ -172,8 +172,8 @@ class Model(nn.Module):
         An array for arrays and PIL pictures, of floats.
         """
         self._need("denoises", "give a score")
-        given, weights = self._given(y, sigma, c)
-        return given.samples(joint.score(self.module, given.y, given.sigma, weights))
+        given, mixture = self._given(y, sigma, c)
+        return given.samples(joint.score(self.module, given.y, given.sigma, mixture))
 
     @overload
     def posterior(self, y: Tensor, sigma: Sigma) -> Tensor: ...
@@ -183,7 +183,7 @@ class Model(nn.Module):
         """p(c | y): (B, K), or (K,) for a single picture."""
         self._need("classifies", "classify")
         given, _ = self._given(y, sigma)
-        return given.numbers(self.module.class_scores(given.y, given.sigma).softmax(1))
+        return given.numbers(self.module.logits(given.y, given.sigma).softmax(1))
 
     @overload
     def log_prob(self, y: Tensor, sigma: Sigma, c: ClassSpec = None) -> Tensor: ...
@@ -204,10 +204,10 @@ class Model(nn.Module):
                 f"model {self.name!r} ({self.header.arch}) has a score and class scores, "
                 "but no log-density: give a model of architecture gradresnet"
             )
-        given, weights = self._given(y, sigma, c)
+        given, mixture = self._given(y, sigma, c)
         f = module.log_joint(given.y, given.sigma)
-        if weights is not None:
-            f = f + joint.per_class(weights, f).log()
+        if mixture is not None:
+            f = f + joint.per_class(mixture, f).log()
         return given.numbers(f.logsumexp(1))
 
     def _need(self, ability: str, verb: str) -> None:
@@ -218,16 +218,16 @@ class Model(nn.Module):
         self, y: AnyPicture, sigma: Sigma, c: ClassSpec = None
     ) -> tuple[Given, Tensor | None]:
         """What the network is given: pictures with their noise levels, and class weights."""
-        weights = self.weights(c)
+        mixture = self.mixture(c)
         config = self.module.config
         weight = next(self.module.parameters())
         given = Given(y, sigma, config.channels, config.multiple, weight)
-        if weights is not None and weights.shape[:-1] not in ((), (1,), (given.count,)):
+        if mixture is not None and mixture.shape[:-1] not in ((), (1,), (given.count,)):
             raise UsageError(
-                f"class weights have shape {tuple(weights.shape)}, but there are "
+                f"class weights have shape {tuple(mixture.shape)}, but there are "
                 f"{given.count} pictures: give one class, or one per picture"
             )
-        return given, weights
+        return given, mixture
 
 
 # What people call the classes of the bundled models.

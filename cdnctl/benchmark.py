@@ -27,7 +27,7 @@ from cdnctl.errors import CdnctlError
 from cdnctl.evaluate import Sample, noisy_version, picture_psnr, ssim
 from cdnctl.manifest import Manifest
 from cdnctl.methods import is_model, method
-from cdnctl.restore import Field, Settings, estimate_sigma
+from cdnctl.restore import Settings, View, estimate_sigma
 from cdnctl.selection import Models
 
 
@@ -248,7 +248,7 @@ def _plain(folder: Path, jobs: Sequence[Job], models: Models) -> None:
         model = models.pick(*image.samples.shape[:2])
         sigma = estimate_sigma(image.samples)
         with torch.no_grad():
-            correction, _ = Field(model, image.samples, sigma).solve()
+            correction, _ = View(model, image.samples, sigma).solve()
         restored = images.from_unit(image.pixels + correction, image.dtype)
         images.write(image.with_samples(restored), job.output)
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from cdnctl import headers
 from cdnctl.errors import ConfigError, WeightsError
-from cdnctl.fields import build
 from cdnctl.files import give_name
 from cdnctl.models import Network, architecture
+from cdnctl.schema import build
 
 FORMAT_VERSION = 1
 SUFFIX = headers.SUFFIX

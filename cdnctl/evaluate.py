@@ -31,8 +31,8 @@ from cdnctl.batch import find_pictures
 from cdnctl.core.metrics import psnr
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.restore import (
-    Field,
     Level,
+    View,
     at_class_scale,
     batch_size,
     moved,
@@ -264,18 +264,18 @@ class _Batch:
 
     def __init__(self, jobs: Sequence[_Job], model: Model):
         self.model, self.count = model, len(jobs)
-        self.fields = [Field(model, job.noisy, job.level) for job in jobs]
-        self.field = self.fields[0]
-        self.tiled = len(self.field.tiles) > 1
+        self.views = [View(model, job.noisy, job.level) for job in jobs]
+        self.view = self.views[0]
+        self.tiled = len(self.view.tiles) > 1
         if not self.tiled:
-            self.box = self.field.tiles[0].read
-            y = torch.cat([field.repeated(field.read(self.box)[None]) for field in self.fields])
+            self.box = self.view.tiles[0].read
+            y = torch.cat([view.repeated(view.read(self.box)[None]) for view in self.views])
             self.y = self._filled(y)
-            self.seen = self._filled(torch.tensor([field.seen for field in self.fields]))
+            self.told = self._filled(torch.tensor([view.told for view in self.views]))
 
     def _filled(self, values: Tensor) -> Tensor:
         """(n, ...) with blanks up to the size of a batch, on the device."""
-        blanks = batch_size(self.field.height, self.field.width) - self.count
+        blanks = batch_size(self.view.height, self.view.width) - self.count
         blank = values.new_zeros(blanks, *values.shape[1:])
         return torch.cat([values, blank]).to(self.model.device)
 
@@ -284,27 +284,27 @@ class _Batch:
         """Class scores, (n, K)."""
         module = self.model.module
         if self.tiled:
-            return self.field.logits()[None]
-        return module.class_scores(self.y, self.seen)[: self.count].cpu()
+            return self.view.logits()[None]
+        return module.logits(self.y, self.told)[: self.count].cpu()
 
     def predicted(self) -> Tensor:
         """The most probable class of each picture, (n,), at the scale of the training."""
-        small = [at_class_scale(field) for field in self.fields]
-        if small[0] is self.field:
+        small = [at_class_scale(view) for view in self.views]
+        if small[0] is self.view:
             return self.logits.argmax(1)
-        return torch.stack([field.logits() for field in small]).argmax(1)
+        return torch.stack([view.logits() for view in small]).argmax(1)
 
-    def solve(self, weights: Tensor | None = None) -> np.ndarray:
-        """Corrections, (n, H, W, C), for class weights (n, K) or the posterior."""
+    def solve(self, mixture: Tensor | None = None) -> np.ndarray:
+        """Corrections, (n, H, W, C), for class mixtures (n, K) or the posterior."""
         if self.tiled:
-            chosen = None if weights is None else weights[0]
-            return self.field.solve(None if chosen is None else lambda _: chosen)[0][None]
+            chosen = None if mixture is None else mixture[0]
+            return self.view.solve(None if chosen is None else lambda _: chosen)[0][None]
         correction, logits = self.model.module.correction(
-            self.y, self.seen, None if weights is None else self._filled(weights)
+            self.y, self.told, None if mixture is None else self._filled(mixture)
         )
         placed = [
-            field.placed(field.accepted(field.read(self.box)[None], part[None].cpu())[0])
-            for field, part in zip(self.fields, correction, strict=False)
+            view.placed(view.accepted(view.read(self.box)[None], part[None].cpu())[0])
+            for view, part in zip(self.views, correction, strict=False)
         ]
         self.logits = logits[: self.count].cpu()
         return np.stack(placed)
@@ -344,9 +344,9 @@ def _score(jobs: Sequence[_Job], model: Model) -> list[Row]:
 
 
 def _one_hot(model: Model, label: str) -> Tensor:
-    weights = model.weights(label)
-    assert weights is not None
-    return weights
+    mixture = model.mixture(label)
+    assert mixture is not None
+    return mixture
 
 
 def picture_psnr(restored: np.ndarray, clean: np.ndarray) -> float:

@@ -34,7 +34,7 @@ class Given:
     Tensors are (B, C, H, W) or (C, H, W); arrays (H, W) or (H, W, C), of floats, uint8 or
     uint16; PIL pictures have one of MODES. C is the network's number of channels, or 1: gray
     is repeated over them, and as its noise is then the same in all, the network is told
-    sqrt(C) sigma (see `restore.Field`).
+    sqrt(C) sigma (see `restore.View`).
 
     y: (B, C, H', W') in [0, 1], sides mirrored up to multiples of ``multiple``, in float32 or
     the better of the precisions of the picture and of ``weight``. sigma: (1,) or (B,), what

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from cdnctl.checkpoints import Header, build_module
 from cdnctl.core.joint import per_sample
-from cdnctl.models import Network, Weights
+from cdnctl.models import Mixture, Network
 from cdnctl.models.baselines import UNet
 from cdnctl.models.gradresnet import GradResNet
-from cdnctl.models.trunk import MIN_SIGMA, Whole, mixture
+from cdnctl.models.trunk import MIN_SIGMA, Whole, resolved
 from cdnctl.training.config import DataConfig, TrainConfig
 from cdnctl.training.data import Batch
 from cdnctl.training.loop import loss_and_gradients, losses
@@ -58,7 +58,7 @@ class ByAutograd(GradResNet):
         self,
         y: Tensor,
         sigma: Tensor | float,
-        weights: Weights = None,
+        mixture: Mixture = None,
         whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As of `GradResNet`, of whole pictures; the class scores up to a constant of them all."""
@@ -66,7 +66,7 @@ class ByAutograd(GradResNet):
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
             f = self.log_joint(leaf, sigma)
-            w = mixture(weights, f, whole)
+            w = resolved(mixture, f, whole)
             score = torch.autograd.grad(f, leaf, w, create_graph=training)[0]
         return per_sample(sigma, y).clamp_min(MIN_SIGMA).square() * score, f
 

@@ -18,7 +18,7 @@ from cdnctl.core.guard import held_back, held_to
 from cdnctl.core.noise import ends, unclipped
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
-from cdnctl.models import Weights, Whole
+from cdnctl.models import Mixture, Whole
 from cdnctl.noise import Noise, measure, sampled
 from cdnctl.runtime import available_memory
 from cdnctl.scale import Shrink
@@ -111,7 +111,7 @@ class Restored:
 
     image: Image
     sigma: float  # noise level used, in [0, 1] pixel units
-    sigma_seen: float  # what the network was told: more than sigma for gray pictures
+    told: float  # what the network was told: more than sigma for gray pictures
     posterior: Mapping[str, float]  # p(c | picture), most probable class first
     held: float = 0.0  # share of the pixels where the model was held back, see core.guard
     class_change: float | None = None  # see the function of that name; None: no class was told
@@ -131,14 +131,14 @@ class Classified:
     size: tuple[int, int]  # height and width that the network saw
 
 
-class Field:
+class View:
     """A picture as the network sees it: in planned tiles, made from samples as they are needed.
 
     pixels: (H, W, C) samples of any dtype, which stay on the host as they are.
 
     Grayscale pictures are repeated over the network's channels. Their noise is then
     the same in all of them, so it lies on the gray axis alone, where it is sqrt(C)
-    times as strong as in one channel: the network is told ``seen``, which is sigma
+    times as strong as in one channel: the network hears ``told``, which is sigma
     times that factor, the noise level at which it would see as much noise on that axis.
     A picture whose channels are all equal, but for rounding, is grayscale, too: many files
     hold gray as RGB.
@@ -161,13 +161,13 @@ class Field:
         gray = _is_gray(pixels)
         self.pixels = pixels[:, :, :1] if gray else pixels
         self.repeat = config.channels if gray else 1
-        self.seen = self.sigma * self.repeat**0.5
+        self.told = self.sigma * self.repeat**0.5
         # Extended by mirroring to what the network works on: whole cells.
         height, width = (n + -n % config.multiple for n in (self.height, self.width))
         side = max(height, width) if config.whole else (tile or DEFAULT_TILE)
         self.tiles = tiles.plan(height, width, side, config.margin, config.multiple)
         self.cells = height * width // config.multiple**2
-        self._watch, self._seen, self._passes = watch, 0, 1
+        self._watch, self._done, self._passes = watch, 0, 1
         self._logits = logits
         self._held = self._covered = 0  # pixels of tiles: held back, and all
 
@@ -198,7 +198,7 @@ class Field:
         if self._logits is None:
             self._passes = 2 if len(self.tiles) > 1 else 1  # this one, and that of the pixels
             mean = tiles.mean_of_cells(
-                self._counted(lambda y: module.class_features(self.repeated(y), self.seen)),
+                self._counted(lambda y: module.class_features(self.repeated(y), self.told)),
                 self.read,
                 self.tiles,
                 self.model.device,
@@ -208,9 +208,9 @@ class Field:
             self._logits = module.head.linear(mean.to(weight)).cpu()
         return self._logits
 
-    def whole(self, weights: Weights) -> Whole | None:
+    def whole(self, mixture: Mixture) -> Whole | None:
         """What the network must know of the picture to work on a tile of it."""
-        if len(self.tiles) == 1 or (weights is None and not self.model.module.mixes):
+        if len(self.tiles) == 1 or (mixture is None and not self.model.module.mixes):
             return None
         return Whole(self.cells, self.logits().softmax(0).to(self.model.device))
 
@@ -246,18 +246,18 @@ class Field:
         array = values[:, : self.height, : self.width].permute(1, 2, 0).cpu().numpy()
         return np.broadcast_to(array, (*array.shape[:2], self.channels))
 
-    def network(self, y: Tensor, weights: Weights) -> Tensor:
+    def network(self, y: Tensor, mixture: Mixture) -> Tensor:
         """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w), in the network's channels."""
-        if isinstance(weights, Tensor):
-            weights = weights.to(y.device)
+        if isinstance(mixture, Tensor):
+            mixture = mixture.to(y.device)
         correction: Tensor = self.model.module.correction(
-            self.repeated(y), self.seen, weights, self.whole(weights)
+            self.repeated(y), self.told, mixture, self.whole(mixture)
         )[0]
         return correction
 
-    def correct(self, y: Tensor, weights: Weights) -> Tensor:
+    def correct(self, y: Tensor, mixture: Mixture) -> Tensor:
         """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w) of the picture, differentiable."""
-        return self.averaged(self.network(y, weights))
+        return self.averaged(self.network(y, mixture))
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Iterator[tuple[tiles.Box, np.ndarray]]:
         """Apply a function of tiles, (B, C, h, w) to the same: places in the picture, and the
@@ -286,8 +286,8 @@ class Field:
         A picture of one tile takes a single pass.
         """
         if len(self.tiles) > 1:
-            weights = None if choose is None else choose(self.logits())
-            return self.each(lambda y: self.accepted(y, self.network(y, weights))), self.logits
+            mixture = None if choose is None else choose(self.logits())
+            return self.each(lambda y: self.accepted(y, self.network(y, mixture))), self.logits
 
         def correct(y: Tensor) -> Tensor:
             def chosen(logits: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class Field:
                 return choose(logits[0].cpu()).to(logits.device)
 
             correction, logits = self.model.module.correction(
-                self.repeated(y), self.seen, None if choose is None else chosen
+                self.repeated(y), self.told, None if choose is None else chosen
             )
             self._logits = logits[0].cpu()
             return self.accepted(y, correction)
@@ -310,17 +310,17 @@ class Field:
             result[place] = values
         return result, scores()
 
-    def correction(self, weights: Tensor | None = None) -> np.ndarray:
-        """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C); without weights, of the posterior."""
-        return self.over_tiles(lambda y: self.correct(y, weights))
+    def correction(self, mixture: Tensor | None = None) -> np.ndarray:
+        """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C); without a mixture, of the posterior."""
+        return self.over_tiles(lambda y: self.correct(y, mixture))
 
     def _counted(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The function, with the share of the work that is done told to who watches."""
 
         def run(y: Tensor) -> Tensor:
             out = function(y)
-            self._seen += len(y)
-            self._watch(min(1.0, self._seen / (self._passes * len(self.tiles))))
+            self._done += len(y)
+            self._watch(min(1.0, self._done / (self._passes * len(self.tiles))))
             return out
 
         return run
@@ -410,8 +410,8 @@ def _sample(pixels: np.ndarray, side: int = 256, count: int = 8) -> np.ndarray:
     return pixels
 
 
-def class_weights(model: Model, settings: Settings, logits: Tensor) -> Tensor:
-    """Weights w with D_w = D + guidance (D_target - D), (K,): the whole choice of classes
+def class_mixture(model: Model, settings: Settings, logits: Tensor) -> Tensor:
+    """Mixture w with D_w = D + guidance (D_target - D), (K,): the whole choice of classes
     is one mixture, because D = sum_c p(c | y) D_c."""
     p = logits.softmax(0)
     if settings.target is None:
@@ -419,32 +419,32 @@ def class_weights(model: Model, settings: Settings, logits: Tensor) -> Tensor:
     if settings.target == AUTO:
         target: Tensor | None = torch.nn.functional.one_hot(p.argmax(), len(p)).to(p.dtype)
     else:
-        target = model.weights(settings.target)
+        target = model.mixture(settings.target)
     assert target is not None
     return p + settings.guidance * (target - p)
 
 
-def at_class_scale(field: Field, tile: int | None = None) -> Field:
+def at_class_scale(view: View, tile: int | None = None) -> View:
     """The picture at the size at which its class scores are taken: itself, or a smaller copy
     with the noise that is left in it, if it is larger than the crops of the training."""
-    shrink = Shrink(field.height, field.width, field.model.header.patch)
+    shrink = Shrink(view.height, view.width, view.model.header.patch)
     if shrink.factor == 1:
-        return field
+        return view
     # A gray picture has one channel here. Averages of coloured noise may look gray, too, but
     # only where so little of it is left that the factor of sqrt(3) does not matter.
-    small = shrink.samples(field.pixels)
-    return Field(field.model, small, field.sigma * shrink.noise, tile)
+    small = shrink.samples(view.pixels)
+    return View(view.model, small, view.sigma * shrink.noise, tile)
 
 
-def choose_class(field: Field, settings: Settings) -> tuple[Settings, Tensor | None]:
+def choose_class(view: View, settings: Settings) -> tuple[Settings, Tensor | None]:
     """Settings with the most probable class in the place of "auto", and the class scores that
-    say so; the settings as they are, and None, if those come with the field's correction."""
-    small = at_class_scale(field)
-    if not field.model.module.classifies or (small is field and len(field.tiles) == 1):
+    say so; the settings as they are, and None, if those come with the view's correction."""
+    small = at_class_scale(view)
+    if not view.model.module.classifies or (small is view and len(view.tiles) == 1):
         return settings, None
     logits = small.logits()
     if settings.target == AUTO:
-        best = field.model.classes[int(logits.argmax())]
+        best = view.model.classes[int(logits.argmax())]
         settings = replace(settings, target={best: 1.0})
     return settings, logits
 
@@ -470,16 +470,16 @@ class OutOfMemory(ImageError):
 
 
 @contextmanager
-def memory_errors(field: Field) -> Iterator[None]:
+def memory_errors(view: View) -> Iterator[None]:
     """Turn running out of memory, of any device, into an OutOfMemory that says what helps."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        tile = field.tiles[0].read
+        tile = view.tiles[0].read
         raise OutOfMemory(
-            f"not enough memory for {field.width} x {field.height} pixels in tiles of "
+            f"not enough memory for {view.width} x {view.height} pixels in tiles of "
             f"{tile[1].stop - tile[1].start} x {tile[0].stop - tile[0].start}: "
             "give a smaller --tile (or --model photo, if the model needs the whole picture)"
         ) from None
@@ -545,8 +545,8 @@ def restore(
         return _left_alone(image)
     level = level or noise_level(image.samples, image.alpha, settings.sigma)
     tile = settings.tile or default_tile(model, settings.memory)
-    field = Field(model, image.samples, level, tile, watch)
-    need = field.area * model.module.config.bytes_per_pixel
+    view = View(model, image.samples, level, tile, watch)
+    need = view.area * model.module.config.bytes_per_pixel
     if settings.memory is not None and not settings.tile and need > settings.memory:
         raise ImageError(
             f"--memory allows {settings.memory / 1e6:.0f} MB, but the smallest tiles that are "
@@ -554,27 +554,27 @@ def restore(
         )
     while True:
         try:
-            with memory_errors(field):
-                settings, shrunk = choose_class(field, settings)
-                samples = _blend(image, field, settings)
+            with memory_errors(view):
+                settings, shrunk = choose_class(view, settings)
+                samples = _blend(image, view, settings)
             break
         except OutOfMemory:
             if settings.tile:
                 raise
-            smaller = Field(model, image.samples, level, math.isqrt(field.area) * 3 // 4, watch)
-            if smaller.area == field.area:
+            smaller = View(model, image.samples, level, math.isqrt(view.area) * 3 // 4, watch)
+            if smaller.area == view.area:
                 raise
-            field = smaller
-    held, change = field.held, None
-    found = ranked(model, field.logits() if shrunk is None else shrunk)
+            view = smaller
+    held, change = view.held, None
+    found = ranked(model, view.logits() if shrunk is None else shrunk)
     if settings.target is not None:
-        logits = field.logits()
-        if field.area > CLASS_TILE**2:
-            field = Field(model, image.samples, level, CLASS_TILE, logits=logits)
-        with memory_errors(field):
-            change = class_change(field, logits, settings)
+        logits = view.logits()
+        if view.area > CLASS_TILE**2:
+            view = View(model, image.samples, level, CLASS_TILE, logits=logits)
+        with memory_errors(view):
+            change = class_change(view, logits, settings)
     result = _noted(image.with_samples(samples), level, held, settings.sigma is not None)
-    return Restored(result, level.sigma, field.seen, found, held, change)
+    return Restored(result, level.sigma, view.told, found, held, change)
 
 
 def _noted(image: Image, level: Level, held: float, told: bool) -> Image:
@@ -593,41 +593,41 @@ def _noted(image: Image, level: Level, held: float, told: bool) -> Image:
     return replace(image, notes=(*image.notes, *notes)) if notes else image
 
 
-def class_change(field: Field, logits: Tensor, settings: Settings) -> float:
+def class_change(view: View, logits: Tensor, settings: Settings) -> float:
     """Root mean square, in [0, 1] pixel units, of what the told class changes in a restored
     picture before it is clipped and rounded: strength guidance (D_target - D).
 
-    Of a field of several tiles that in the one in the middle. logits: of the whole picture, (K,).
+    Of a view of several tiles that in the one in the middle. logits: of the whole picture, (K,).
     """
-    shift = _class_shift(field.model, logits, settings)
+    shift = _class_shift(view.model, logits, settings)
     middle = next(
         tile
-        for tile in field.tiles
-        if tile.place[0].stop > field.height // 2 and tile.place[1].stop > field.width // 2
+        for tile in view.tiles
+        if tile.place[0].stop > view.height // 2 and tile.place[1].stop > view.width // 2
     )
-    results = tiles.run(lambda y: field.correct(y, shift), field.read, [middle], field.model.device)
+    results = tiles.run(lambda y: view.correct(y, shift), view.read, [middle], view.model.device)
     ((rows, columns), change), *_ = results
-    inside = change[:, : field.height - rows.start, : field.width - columns.start]
+    inside = change[:, : view.height - rows.start, : view.width - columns.start]
     return settings.strength * _rms(inside)
 
 
 def _class_shift(model: Model, logits: Tensor, settings: Settings) -> Tensor:
-    """Weights, (K,), of what the told class changes. The correction is linear in the weights:
-    with these, which sum to zero, one pass gives the difference of two."""
-    return class_weights(model, settings, logits) - logits.softmax(0)
+    """The mixture, (K,), that gives what the told class changes. The correction is linear in
+    it: with one that sums to zero, one pass gives the difference of two."""
+    return class_mixture(model, settings, logits) - logits.softmax(0)
 
 
 def _rms(values: Tensor) -> float:
     return values.double().square().mean().sqrt().item()
 
 
-def _blend(image: Image, field: Field, settings: Settings) -> np.ndarray:
+def _blend(image: Image, view: View, settings: Settings) -> np.ndarray:
     """Samples of the restored picture."""
-    choose = partial(class_weights, field.model, settings) if settings.target else None
-    places, _ = field.stream(choose)
+    choose = partial(class_mixture, view.model, settings) if settings.target else None
+    places, _ = view.stream(choose)
     result = np.empty_like(image.samples)
     for place, correction in places:
-        result[place] = _step(image.samples, place, correction, field.sigma, settings.strength)
+        result[place] = _step(image.samples, place, correction, view.sigma, settings.strength)
     return result
 
 
@@ -711,46 +711,46 @@ def restore_batch(
     """
     _check_model(model, settings)
     levels = levels or [noise_level(p.samples, p.alpha, settings.sigma) for p in pictures]
-    fields = [Field(model, p.samples, level) for p, level in zip(pictures, levels, strict=True)]
-    first = fields[0]
+    views = [View(model, p.samples, level) for p, level in zip(pictures, levels, strict=True)]
+    first = views[0]
     count = batch_size(first.height, first.width)
     box = first.tiles[0].read
     y = torch.zeros(count, model.module.config.channels, box[0].stop, box[1].stop)
-    seen = torch.ones(count)
-    for i, field in enumerate(fields):
-        y[i], seen[i] = field.repeated(field.read(box)[None])[0], field.seen
+    told = torch.ones(count)
+    for i, view in enumerate(views):
+        y[i], told[i] = view.repeated(view.read(box)[None])[0], view.told
 
-    def weights(logits: Tensor) -> Tensor:
+    def chosen(logits: Tensor) -> Tensor:
         chosen = [
-            class_weights(model, choice, scores)
+            class_mixture(model, choice, scores)
             for scores, (choice, _) in zip(logits.cpu(), choices, strict=True)
         ]
         return torch.stack(chosen).to(logits.device)
 
     with memory_errors(first):
-        choices = [choose_class(field, settings) for field in fields]
-        choices += [(settings, None)] * (count - len(fields))  # for what fills the batch up
+        choices = [choose_class(view, settings) for view in views]
+        choices += [(settings, None)] * (count - len(views))  # for what fills the batch up
         correction, found = model.module.correction(
-            y.to(model.device), seen.to(model.device), weights if settings.target else None
+            y.to(model.device), told.to(model.device), chosen if settings.target else None
         )
     found = found.cpu()
     steps = [
-        field.placed(field.accepted(field.read(box)[None], part[None].cpu())[0])
-        for field, part in zip(fields, correction, strict=False)
+        view.placed(view.accepted(view.read(box)[None], part[None].cpu())[0])
+        for view, part in zip(views, correction, strict=False)
     ]
-    shares = [field.held for field in fields]
-    changes: list[float | None] = [None] * len(fields)
+    shares = [view.held for view in views]
+    changes: list[float | None] = [None] * len(views)
     if settings.target is not None:
         shifts = torch.stack(
             [_class_shift(model, scores, c) for scores, (c, _) in zip(found, choices, strict=True)]
         )
         with memory_errors(first):
             shifted, _ = model.module.correction(
-                y.to(model.device), seen.to(model.device), shifts.to(model.device)
+                y.to(model.device), told.to(model.device), shifts.to(model.device)
             )
         changes = [
-            settings.strength * _rms(field.averaged(part[None])[..., : first.height, : first.width])
-            for field, part in zip(fields, shifted.cpu(), strict=False)
+            settings.strength * _rms(view.averaged(part[None])[..., : first.height, : first.width])
+            for view, part in zip(views, shifted.cpu(), strict=False)
         ]
     everything = whole_place(first.pixels)
     return [
@@ -759,20 +759,20 @@ def restore_batch(
         else Restored(
             _noted(
                 picture.with_samples(
-                    _step(picture.samples, everything, step, field.sigma, settings.strength)
+                    _step(picture.samples, everything, step, view.sigma, settings.strength)
                 ),
-                field.level,
+                view.level,
                 held,
                 settings.sigma is not None,
             ),
-            field.sigma,
-            field.seen,
+            view.sigma,
+            view.told,
             ranked(model, scores if shrunk is None else shrunk),
             held,
             change,
         )
-        for picture, field, step, scores, (_, shrunk), held, change in zip(
-            pictures, fields, steps, found, choices, shares, changes, strict=False
+        for picture, view, step, scores, (_, shrunk), held, change in zip(
+            pictures, views, steps, found, choices, shares, changes, strict=False
         )
     ]
 
@@ -784,9 +784,9 @@ def classify(image: Image, model: Model, sigma: float | None = None) -> Classifi
         raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
     sigma = noise_level(image.samples, image.alpha, sigma).sigma
     tile = default_tile(model, None)
-    field = Field(model, image.samples, sigma, tile)
-    small = at_class_scale(field, tile)
+    view = View(model, image.samples, sigma, tile)
+    small = at_class_scale(view, tile)
     with memory_errors(small):
         posterior = ranked(model, small.logits())
-    factor = min(field.height, field.width) / min(small.height, small.width)
+    factor = min(view.height, view.width) / min(small.height, small.width)
     return Classified(posterior, sigma, factor, (small.height, small.width))

@@ -74,7 +74,7 @@ class Models:
     def _knowing(self, name: str) -> Model:
         """A model; UnknownClassError if it does not know all of the classes."""
         model = self._load(name)
-        model.weights(dict.fromkeys(sorted(self.classes), 1.0) or None)
+        model.mixture(dict.fromkeys(sorted(self.classes), 1.0) or None)
         return model
 
     def _load(self, name: str) -> Model:

@@ -20,7 +20,7 @@ from cdnctl import checkpoints, images
 from cdnctl.api import Model, load
 from cdnctl.core import joint
 from cdnctl.errors import UnknownClassError, UsageError, WeightsError
-from cdnctl.restore import Field
+from cdnctl.restore import View
 from cdnctl.selection import Models
 
 SIGMA = 0.2
@@ -99,7 +99,7 @@ def test_posterior_and_log_prob_are_those_of_the_core(model: Model) -> None:
 def test_posterior_is_exact_at_low_noise(model: Model, sigma: float) -> None:
     """The joint density in float32 would round the classes away."""
     y = batch()
-    exact = copy.deepcopy(model.module).double().class_scores(y.double(), sigma).softmax(1)
+    exact = copy.deepcopy(model.module).double().logits(y.double(), sigma).softmax(1)
     torch.testing.assert_close(model.posterior(y, sigma).double(), exact, atol=1e-6, rtol=1e-4)
 
 
@@ -328,7 +328,7 @@ def test_it_does_what_the_command_does(
 ) -> None:
     """For gray, too, and where sides are no multiples of the coarsest cell."""
     model, pixels = tiny(tmp_path, **norm), noisy_picture(*size, channels)
-    correction, logits = Field(model, pixels, SIGMA).solve(lambda scores: scores.softmax(0))
+    correction, logits = View(model, pixels, SIGMA).solve(lambda scores: scores.softmax(0))
     denoised = model.denoise(pixels, SIGMA)
     np.testing.assert_allclose(denoised, pixels + correction, rtol=0, atol=2e-6)
     np.testing.assert_allclose(
@@ -559,9 +559,9 @@ def test_a_class_of_another_kind(model: Model) -> None:
 def test_unknown_class_lists_near_matches_and_who_knows_it(shelf: Path) -> None:
     small = load("small")
     with pytest.raises(UnknownClassError, match="did you mean 'truck'"):
-        small.weights("trucks")
+        small.mixture("trucks")
     with pytest.raises(UnknownClassError, match="known to: --model large") as error:
-        small.weights("building")
+        small.mixture("building")
     assert "cat, truck" in str(error.value)
 
 
@@ -658,7 +658,7 @@ def test_auto_when_nobody_knows(shelf: Path) -> None:
 def test_classes_that_are_suggested(shelf: Path, name: str, says: str, not_says: str) -> None:
     """What was misspelt or meant, not what merely shares letters."""
     with pytest.raises(UnknownClassError) as error:
-        load("large").weights(name)
+        load("large").mixture(name)
     assert says in str(error.value) and not_says not in str(error.value)
 
 

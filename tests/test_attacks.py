@@ -30,7 +30,7 @@ from cdnctl.analysis.attacks import (
 from cdnctl.api import Model
 from cdnctl.errors import UsageError
 from cdnctl.evaluate import Sample, evaluate
-from cdnctl.restore import Field
+from cdnctl.restore import View
 
 SHAPE = (3, 5, 4)
 COUNT = 60
@@ -407,7 +407,7 @@ def test_attacked_is_what_classifies(model: Model) -> None:
     for shape in [(16, 16), (15, 18), (3, 5)]:
         pixels = picture(*shape)
         y = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
-        expected = Field(model, pixels, 0.1).logits().double().log_softmax(0)
+        expected = View(model, pixels, 0.1).logits().double().log_softmax(0)
         found = log_posterior(model, 0.1)(y)[0].double()
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 

@@ -235,8 +235,8 @@ def test_score_follows_the_dtype(case: Case, dtype: torch.dtype) -> None:
 
 def test_a_model_with_a_score_of_its_own_is_asked_for_it() -> None:
     class Line:
-        def score(self, y: Tensor, sigma: Tensor | float, weights: Tensor | None = None) -> Tensor:
-            return 2 * y if weights is None else weights.sum() * y
+        def score(self, y: Tensor, sigma: Tensor | float, mixture: Tensor | None = None) -> Tensor:
+            return 2 * y if mixture is None else mixture.sum() * y
 
     assert isinstance(Line(), HasScore)
     y = torch.rand(2, 1, 3, 3)

@@ -367,7 +367,7 @@ def test_tiles_give_what_the_whole_gives(
     (whole,) = evaluate([sample], model, SIGMAS[1:])
     monkeypatch.setattr(restore, "DEFAULT_TILE", 64)
     monkeypatch.setattr(cdnctl.evaluate, "batch_size", lambda height, width: 1)
-    assert len(restore.Field(model, picture(130, 70), 0.1).tiles) > 1
+    assert len(restore.View(model, picture(130, 70), 0.1).tiles) > 1
     (tiled,) = evaluate([sample], model, SIGMAS[1:])
     assert tiled.predicted == whole.predicted
     assert tiled.psnr == pytest.approx(whole.psnr, abs=1e-3)

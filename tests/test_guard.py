@@ -67,9 +67,9 @@ def broken(model: Model, monkeypatch: pytest.MonkeyPatch, top: int) -> Model:
     right = model.module.correction
 
     def wrong(
-        y: torch.Tensor, sigma: float, weights: object = None, whole: Whole | None = None
+        y: torch.Tensor, sigma: float, mixture: object = None, whole: Whole | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        correction, logits = right(y, sigma, weights, whole)
+        correction, logits = right(y, sigma, mixture, whole)
         correction[..., top:, :] += 0.8
         return correction, logits
 

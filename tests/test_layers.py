@@ -32,7 +32,7 @@ LAYERS = [
     },
     {"models"},
     {"core"},
-    {"fields"},
+    {"schema"},
     {"files"},
     {"errors", "headers", "version"},
 ]

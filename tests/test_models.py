@@ -307,7 +307,7 @@ def test_identities_of_a_joint(arch: str, norm: str) -> None:
     # The evidence map.
     for c in range(K):
         leaf = y.clone().requires_grad_()
-        log_p = net.class_scores(leaf, sigma).log_softmax(1)[:, c].sum()
+        log_p = net.logits(leaf, sigma).log_softmax(1)[:, c].sum()
         evidence = var * torch.autograd.grad(log_p, leaf)[0]
         close(parts[:, c] - whole, evidence, 1e-9)
         assert evidence.abs().max() > 1e-6
@@ -329,7 +329,7 @@ def test_class_features_are_what_the_class_scores_are_made_of(arch: str, norm: s
     features = net.class_features(y, SIGMA)
     assert features.shape == (2, config.head, 5, 6)  # 9x11 in cells of 2x2
     close(net.head.linear(features.mean((2, 3))), net(y, SIGMA)[1], 1e-5)
-    close(net.class_scores(y, SIGMA), net(y, SIGMA)[1], 1e-5)
+    close(net.logits(y, SIGMA), net(y, SIGMA)[1], 1e-5)
 
 
 def test_classes_of_one_task_baselines() -> None:
@@ -495,7 +495,7 @@ def test_half_precision_trunk(arch: str, norm: str) -> None:
     assert got.dtype is coarse.dtype is torch.float32
     assert not torch.equal(got, want) or not net.denoises
     assert (got - want).abs().max() < 0.05 and (coarse - logits).abs().max() < 0.1
-    assert net.class_scores(y, SIGMA).dtype is torch.float32 if net.classifies else True
+    assert net.logits(y, SIGMA).dtype is torch.float32 if net.classifies else True
     assert net.log_joint(y, SIGMA).dtype is torch.float32 if isinstance(net, Joint) else True
 
 

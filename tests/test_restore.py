@@ -178,7 +178,7 @@ def test_gray_is_the_mean_of_the_replicated_picture(model: Model) -> None:
     y = noisy_picture(channels=1)
     result = restore(exact(y), model, Settings(SIGMA, target={"dog": 1.0}))
     assert result.image.pixels.shape == y.shape
-    assert result.sigma == SIGMA and result.sigma_seen == pytest.approx(SIGMA * 3**0.5)
+    assert result.sigma == SIGMA and result.told == pytest.approx(SIGMA * 3**0.5)
     rgb = torch.from_numpy(y.transpose(2, 0, 1).repeat(3, 0))
     expected = model.denoise(rgb, SIGMA * 3**0.5, "dog").mean(0)
     np.testing.assert_allclose(result.image.pixels[:, :, 0], expected, atol=1e-6, rtol=0)
@@ -191,7 +191,7 @@ def test_gray_stored_as_rgb_is_gray(narrow: Model, size: tuple[int, int]) -> Non
     options = Settings(SIGMA, target={"dog": 1.0}, tile=100)
     gray, rgb = (restore(exact(pixels), narrow, options) for pixels in (y, y.repeat(3, -1)))
     np.testing.assert_array_equal(rgb.image.pixels, gray.image.pixels.repeat(3, -1))
-    assert rgb.sigma_seen == gray.sigma_seen and rgb.posterior == gray.posterior
+    assert rgb.told == gray.told and rgb.posterior == gray.posterior
 
 
 def test_gray_need_not_be_equal_in_its_last_bit(model: Model) -> None:
@@ -199,7 +199,7 @@ def test_gray_need_not_be_equal_in_its_last_bit(model: Model) -> None:
     off = np.random.default_rng(0).integers(0, 2, (*y.shape[:2], 3), np.uint8)
     for factor, seen in ((1, SIGMA * 3**0.5), (2, SIGMA)):
         restored = restore(Image(y + factor * off), model, Settings(SIGMA))
-        assert restored.sigma_seen == pytest.approx(seen)
+        assert restored.told == pytest.approx(seen)
 
 
 def test_gray_and_colour_in_one_batch(model: Model) -> None:
@@ -208,7 +208,7 @@ def test_gray_and_colour_in_one_batch(model: Model) -> None:
     for result, image in zip(together, pictures, strict=True):
         alone = restore(image, model, Settings(SIGMA))
         np.testing.assert_array_equal(result.image.samples, alone.image.samples)
-        assert (result.sigma_seen, result.posterior) == (alone.sigma_seen, alone.posterior)
+        assert (result.told, result.posterior) == (alone.told, alone.posterior)
 
 
 def test_exact_gray_denoiser(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from cdnctl import tiles
 from cdnctl.api import Model, load
 from cdnctl.images import Image, from_unit, to_unit
-from cdnctl.restore import Field, Settings, restore
+from cdnctl.restore import Settings, View, restore
 
 CPU = torch.device("cpu")
 SIGMA = 0.2
@@ -138,7 +138,7 @@ def test_a_field_reads_parts_of_the_extended_picture(
         start = data.draw(st.integers(0, size - 1))
         box.append(slice(start, data.draw(st.integers(start + 1, size))))
     before = samples.copy()
-    part = Field(model, samples, SIGMA).read((box[0], box[1]))
+    part = View(model, samples, SIGMA).read((box[0], box[1]))
     np.testing.assert_array_equal(part.numpy(), whole[:, box[0], box[1]])
     assert part.dtype == torch.float32 and part.is_contiguous()
     part += 1  # is a copy
@@ -174,13 +174,13 @@ def test_tiles_give_what_the_whole_gives(
         return correction[0, :, :height, :width].permute(1, 2, 0).numpy(), logits[0]
 
     for tile in (70, 101):
-        field = Field(model, pixels, SIGMA, tile)
-        assert len(field.tiles) > 1
+        view = View(model, pixels, SIGMA, tile)
+        assert len(view.tiles) > 1
         for weights in (torch.tensor([1.0, 0, 0]), torch.tensor([-1.0, 0.5, 1.5])):
             correction, logits = whole(weights)
             with torch.no_grad():
-                np.testing.assert_allclose(field.correction(weights), correction, atol=1e-5)
-                torch.testing.assert_close(field.logits(), logits, atol=1e-4, rtol=1e-4)
+                np.testing.assert_allclose(view.correction(weights), correction, atol=1e-5)
+                torch.testing.assert_close(view.logits(), logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["pixel", "none"])
@@ -188,29 +188,29 @@ def test_tiles_give_what_the_whole_gives(
 def test_the_test_above_can_see_the_classes(tmp_path: Path, norm: str) -> None:
     """Their part of a correction is far above its tolerance, and so is a mean over a tile."""
     model = tiny(tmp_path, norm=norm)
-    field = Field(model, noisy_picture(131, 157, sigma=SIGMA), SIGMA, 100)
-    difference = field.correction(torch.tensor([1.0, -1, 0]))
+    view = View(model, noisy_picture(131, 157, sigma=SIGMA), SIGMA, 100)
+    difference = view.correction(torch.tensor([1.0, -1, 0]))
     assert np.abs(difference).max() > 1e-3
-    field.cells //= 2
-    assert np.abs(field.correction(torch.tensor([1.0, -1, 0])) - difference).max() > 1e-3
+    view.cells //= 2
+    assert np.abs(view.correction(torch.tensor([1.0, -1, 0])) - difference).max() > 1e-3
 
 
 @torch.no_grad()
 def test_too_little_margin_is_seen(tmp_path: Path) -> None:
     """What the margin is good for: without it the edges of tiles show."""
     model = tiny(tmp_path)
-    field = Field(model, noisy_picture(131, 157, sigma=SIGMA), SIGMA, 100)
+    view = View(model, noisy_picture(131, 157, sigma=SIGMA), SIGMA, 100)
     weights = torch.tensor([1.0, 0, 0])
-    right = field.correction(weights)
+    right = view.correction(weights)
     multiple = model.module.config.multiple
-    size = (n + -n % multiple for n in field.pixels.shape[:2])
-    field.tiles = tiles.plan(*size, 48, 0, multiple)
-    assert np.abs(field.correction(weights) - right).max() > 1e-3
+    size = (n + -n % multiple for n in view.pixels.shape[:2])
+    view.tiles = tiles.plan(*size, 48, 0, multiple)
+    assert np.abs(view.correction(weights) - right).max() > 1e-3
 
 
 def test_group_norm_needs_the_whole_picture(tmp_path: Path) -> None:
     model = tiny(tmp_path, norm="group", groups=4)
-    assert len(Field(model, noisy_picture(131, 157), SIGMA, 16).tiles) == 1
+    assert len(View(model, noisy_picture(131, 157), SIGMA, 16).tiles) == 1
 
 
 @pytest.mark.parametrize("sigma", [15 / 255, 50 / 255])
@@ -223,5 +223,5 @@ def test_the_bundled_photo_model_in_tiles_equals_the_whole(sigma: float) -> None
     whole, parts = (
         restore(noisy, model, Settings(sigma, tile=side)).image.pixels for side in (1024, 256)
     )
-    assert len(Field(model, noisy.pixels, sigma, 256).tiles) > 1
+    assert len(View(model, noisy.pixels, sigma, 256).tiles) > 1
     np.testing.assert_allclose(parts, whole, atol=1e-5)

@@ -263,7 +263,7 @@ def log_posterior(model: Model, sigma: float, draws: int = 0, seed: int = 0) -> 
     def one(y: Tensor) -> Tensor:
         shrink = Shrink(y.shape[2], y.shape[3], model.header.patch)
         y = tiles.mirrored(shrink(y), module.config.multiple)
-        return module.class_scores(y, sigma * shrink.noise).log_softmax(1)
+        return module.logits(y, sigma * shrink.noise).log_softmax(1)
 
     def averaged(y: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -23,7 +23,7 @@ from cdnctl.api import Model
 from cdnctl.errors import UsageError
 from cdnctl.images import PEAK, Image, to_unit
 from cdnctl.models.trunk import MIN_SIGMA
-from cdnctl.restore import Field, at_class_scale, default_tile, memory_errors, ranked
+from cdnctl.restore import View, at_class_scale, default_tile, memory_errors, ranked
 
 DRAWS = 32  # of noise and shift: a pass each over some 64 x 64 pixels
 SMOOTHING_SIGMA = 25 / PEAK  # of the noise that is added
@@ -73,14 +73,14 @@ def evidence(
     if not (model.module.denoises and model.module.classifies):
         raise UsageError(f"model {model.name!r} ({model.header.arch}) has no joint density")
     tile = default_tile(model)
-    scaled = at_class_scale(Field(model, pixels, sigma, tile), tile)
+    scaled = at_class_scale(View(model, pixels, sigma, tile), tile)
     small = to_unit(scaled.pixels)  # of a gray picture one channel, however it is stored
 
     with memory_errors(scaled):
-        correction, logits = Field(model, small, scaled.sigma, tile).solve()
+        correction, logits = View(model, small, scaled.sigma, tile).solve()
         order = ranked(model, logits)
         label = next(iter(order)) if label is None else label
-        one_hot = model.weights(label)
+        one_hot = model.mixture(label)
         assert one_hot is not None
         if draws:
             most = max(model.sigma_range[1] / scaled.repeat**0.5, scaled.sigma)
@@ -88,21 +88,21 @@ def evidence(
             added = math.sqrt(level**2 - scaled.sigma**2)
             gradient = np.zeros_like(small)
             for y in _looks(small, added, model, draws, seed):
-                found = _gradient(Field(model, y, level, tile), one_hot)
+                found = _gradient(View(model, y, level, tile), one_hot)
                 gradient += found[-small.shape[0] :, -small.shape[1] :] / np.float32(draws)
         else:
-            gradient = _gradient(Field(model, small, scaled.sigma, tile), one_hot)
+            gradient = _gradient(View(model, small, scaled.sigma, tile), one_hot)
     shown = small + correction
     support = (gradient * (shown - shown.mean((0, 1)))).sum(-1)
     return Evidence(label, gradient, support, order)
 
 
-def _gradient(field: Field, one_hot: Tensor) -> np.ndarray:
+def _gradient(view: View, one_hot: Tensor) -> np.ndarray:
     """grad_y log p(c | y), (h, w, C), for the class of the one-hot weights."""
     # The correction is linear in the weights: with weights that sum to zero, one pass gives the
     # difference, and what both have in common never enters.
-    difference = field.correction(one_hot - field.logits().softmax(0))
-    return difference * (field.repeat / max(field.seen, MIN_SIGMA) ** 2)
+    difference = view.correction(one_hot - view.logits().softmax(0))
+    return difference * (view.repeat / max(view.told, MIN_SIGMA) ** 2)
 
 
 def _looks(

@@ -18,7 +18,7 @@ from torch.nn.functional import avg_pool2d
 from cdnctl import figures
 from cdnctl.api import Model
 from cdnctl.images import PEAK, Image
-from cdnctl.restore import Field, Settings, choose_class, class_weights, noise_level
+from cdnctl.restore import Settings, View, choose_class, class_mixture, noise_level
 
 BLUR = 3  # pixels, standard deviation of the window of what is drawn
 WINDOW = 9  # pixels, over which the variances of a whole picture are averaged
@@ -73,25 +73,25 @@ def posterior_std(
 
     Returns the posterior standard deviation of each pixel, float32 (H, W, 1) in [0, 1] pixel
     units (root mean square over channels, variances averaged over 9 x 9 pixels), and sigma.
-    The class weights w are held fixed, so it is the mean over classes of the posterior variance
+    The class mixture w is held fixed, so it is the mean over classes of the posterior variance
     given the class; what the classes differ in, sum_c w_c (D_c - D)^2, is left out.
     """
     sigma = settings.sigma
     if sigma is None:
         sigma = noise_level(image.samples, image.alpha).sigma
-    field = Field(model, image.samples, sigma, settings.tile)
-    weights = None
+    view = View(model, image.samples, sigma, settings.tile)
+    mixture = None
     if settings.target is not None:
-        settings, _ = choose_class(field, settings)
-        weights = class_weights(model, settings, field.logits())
+        settings, _ = choose_class(view, settings)
+        mixture = class_mixture(model, settings, view.logits())
     generator = torch.Generator().manual_seed(seed)
 
     def spread(y: Tensor) -> Tensor:
         return uncertainty(
-            lambda t: t + field.correct(t, weights), y, sigma, probes, generator, WINDOW
+            lambda t: t + view.correct(t, mixture), y, sigma, probes, generator, WINDOW
         ).std
 
-    std = field.over_tiles(spread)
+    std = view.over_tiles(spread)
     return np.sqrt((std**2).mean(-1, keepdims=True)), sigma
 
 

@@ -438,12 +438,8 @@ class Printer:
         model = self.models.pick(*restored.image.samples.shape[:2])
         level = restored.sigma * PEAK
         low, high = (PEAK * s for s in model.sigma_range)
-        if restored.sigma_seen * PEAK > high + 1e-6:
-            note = (
-                " (a gray picture counts sqrt(3)-fold)"
-                if restored.sigma_seen > restored.sigma
-                else ""
-            )
+        if restored.told * PEAK > high + 1e-6:
+            note = " (a gray picture counts sqrt(3)-fold)" if restored.told > restored.sigma else ""
             warn(
                 f"{shown(source)}: sigma {level:.1f}{note} is outside the range "
                 f"{low:g}..{high:g} that model {model.name!r} was trained on"

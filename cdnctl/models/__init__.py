@@ -12,9 +12,9 @@ from cdnctl.errors import ConfigError
 from cdnctl.models.baselines import Classifier, UNet
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.models.hybrid import Hybrid
-from cdnctl.models.trunk import NetConfig, Network, Weights, Whole
+from cdnctl.models.trunk import Mixture, NetConfig, Network, Whole
 
-__all__ = ["REGISTRY", "Architecture", "NetConfig", "Network", "Weights", "Whole", "architecture"]
+__all__ = ["REGISTRY", "Architecture", "Mixture", "NetConfig", "Network", "Whole", "architecture"]
 
 
 class Architecture(NamedTuple):

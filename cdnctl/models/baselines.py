@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cdnctl.models.hybrid import Decoder
-from cdnctl.models.trunk import NetConfig, Network, Normalised, Weights, Whole, mixture
+from cdnctl.models.trunk import Mixture, NetConfig, Network, Normalised, Whole, resolved
 
 
 class Classifier(Network):
@@ -28,19 +28,19 @@ class Classifier(Network):
         self,
         y: Tensor,
         sigma: Tensor | float,
-        weights: Weights = None,
+        mixture: Mixture = None,
         whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """sigma^2 sum_c w_c grad_y l_c, like y, and the class scores."""
         n = Normalised(y, sigma, self.config.multiple)
         features, adjoint = self.trunk(n, self.compute_dtype)
         logits, head_adjoint = self.head(features[-1], whole)
-        pull = [None] * (len(features) - 1) + [head_adjoint(mixture(weights, logits, whole))]
+        pull = [None] * (len(features) - 1) + [head_adjoint(resolved(mixture, logits, whole))]
         g = adjoint(pull)[..., : y.shape[2], : y.shape[3]].to(y.dtype)
         return n.sigma.square() / n.tau * g, logits
 
     def forward(
-        self, y: Tensor, sigma: Tensor | float, weights: Weights = None
+        self, y: Tensor, sigma: Tensor | float, mixture: Mixture = None
     ) -> tuple[Tensor, Tensor]:
         """y as it is, for there is no density to denoise with, and the class scores."""
         return y, self.log_joint(y, sigma)
@@ -61,15 +61,15 @@ class UNet(Network):
         self,
         y: Tensor,
         sigma: Tensor | float,
-        weights: Weights = None,
+        mixture: Mixture = None,
         whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """sigma^2 score, like y, and constant class scores, (B, K): every class is as likely.
 
-        The learnt score knows no classes: ``weights`` and ``whole`` change nothing.
+        The learnt score knows no classes: ``mixture`` and ``whole`` change nothing.
         """
         logits = y.new_zeros(y.shape[0], self.num_classes)
-        mixture(weights, logits, whole)
+        resolved(mixture, logits, whole)
         n = Normalised(y, sigma, self.config.multiple)
         features = list(self.trunk.encode(n, self.compute_dtype))
         return n.correction(self.decoder(features).to(n.z.dtype)), logits

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cdnctl.models.adjoint import QuadraticForm
-from cdnctl.models.trunk import PRIOR_STD, NetConfig, Network, Normalised, Weights, Whole, mixture
+from cdnctl.models.trunk import PRIOR_STD, Mixture, NetConfig, Network, Normalised, Whole, resolved
 
 
 class GradResNet(Network):
@@ -56,14 +56,14 @@ class GradResNet(Network):
         self,
         y: Tensor,
         sigma: Tensor | float,
-        weights: Weights = None,
+        mixture: Mixture = None,
         whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """sigma^2 sum_c w_c s_c(y) by the trunk's adjoint, and the class scores."""
         n = Normalised(y, sigma, self.config.multiple)
         features, adjoint = self.trunk(n, self.compute_dtype)
         logits, head_adjoint = self.head(features[-1], whole)
-        w = mixture(weights, logits, whole)
+        w = resolved(mixture, logits, whole)
         total = w.sum(1).view(-1, 1, 1, 1)
 
         # The cotangent of every stage's features: its side connection's gradient,

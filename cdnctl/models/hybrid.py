@@ -22,14 +22,14 @@ from torch.nn.functional import conv_transpose2d, pixel_shuffle
 from cdnctl.models.adjoint import Chain, Conv
 from cdnctl.models.trunk import (
     PRIOR_STD,
+    Mixture,
     NetConfig,
     Network,
     Normalised,
-    Weights,
     Whole,
     make_blocks,
-    mixture,
     posterior_of,
+    resolved,
 )
 
 
@@ -78,22 +78,22 @@ class Hybrid(Network):
         self,
         y: Tensor,
         sigma: Tensor | float,
-        weights: Weights = None,
+        mixture: Mixture = None,
         whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """sigma^2 sum_c w_c s_c(y), like y, and the class scores, (B, K).
 
-        Without ``weights`` that is the UNet alone; with them the trunk's adjoint is run for
+        Without ``mixture`` that is the UNet alone; with them the trunk's adjoint is run for
         the gradient of the class scores.
         """
         n = Normalised(y, sigma, self.config.multiple)
-        if weights is None:
+        if mixture is None:
             features = list(self.trunk.encode(n, self.compute_dtype))
             logits, _ = self.head(features[-1], whole)
             return n.correction(self.decoder(features).to(n.z.dtype)), logits
         features, adjoint = self.trunk(n, self.compute_dtype)
         logits, head_adjoint = self.head(features[-1], whole)
-        w = mixture(weights, logits, whole)
+        w = resolved(mixture, logits, whole)
         total = w.sum(1, keepdim=True)
         pull: list[Tensor | None] = [None] * len(features)
         tilt = w - total * posterior_of(logits, whole)

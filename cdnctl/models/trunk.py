@@ -32,7 +32,7 @@ MAX_STAGES, MAX_BLOCKS = 10, 100
 
 HALF = (torch.float16, torch.bfloat16)
 
-Weights = Tensor | Callable[[Tensor], Tensor] | None
+Mixture = Tensor | Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,11 @@ def posterior_of(logits: Tensor, whole: Whole | None) -> Tensor:
     return logits.softmax(1) if whole is None else per_class(whole.posterior, logits)
 
 
-def mixture(weights: Weights, logits: Tensor, whole: Whole | None) -> Tensor:
+def resolved(mixture: Mixture, logits: Tensor, whole: Whole | None) -> Tensor:
     """Class weights (B, K): given, computed from the class scores, or the posterior."""
-    if weights is None:
+    if mixture is None:
         return posterior_of(logits, whole)
-    return per_class(weights(logits) if callable(weights) else weights, logits)
+    return per_class(mixture(logits) if callable(mixture) else mixture, logits)
 
 
 def make_norm(config: NetConfig, width: int) -> nn.Module:
@@ -349,29 +349,29 @@ class Network(nn.Module):
         self,
         y: Tensor,
         sigma: Tensor | float,
-        weights: Weights = None,
+        mixture: Mixture = None,
         whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """sigma^2 sum_c w_c s_c(y), like y, and the class scores l_c, (B, K), in one pass.
 
         y: (B, C, H, W) in [0, 1] plus noise. sigma: float or (B,), in [0, 1] pixel
-        units. weights: mixture of class-conditional scores, (B, K) or (K,), or a
+        units. mixture: weights w of class-conditional scores, (B, K) or (K,), or a
         function that gives them from the class scores (None: the posterior, which
         gives the unconditional score). whole: for a tile, the picture that it is part of.
         """
         raise TypeError(f"{type(self).__name__} does not define its correction")
 
     def forward(
-        self, y: Tensor, sigma: Tensor | float, weights: Weights = None
+        self, y: Tensor, sigma: Tensor | float, mixture: Mixture = None
     ) -> tuple[Tensor, Tensor]:
         """y + sigma^2 sum_c w_c s_c(y) (Tweedie's formula), like y, and the class scores."""
-        correction, logits = self.correction(y, sigma, weights)
+        correction, logits = self.correction(y, sigma, mixture)
         return y + correction, logits
 
-    def score(self, y: Tensor, sigma: Tensor | float, weights: Tensor | None = None) -> Tensor:
+    def score(self, y: Tensor, sigma: Tensor | float, mixture: Tensor | None = None) -> Tensor:
         """sum_c w_c s_c(y), like y, without autograd."""
         variance = per_sample(sigma, y).clamp_min(MIN_SIGMA).square()
-        return self.correction(y, sigma, weights)[0] / variance
+        return self.correction(y, sigma, mixture)[0] / variance
 
     def class_features(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """What the class scores are a linear map of, after a mean over positions: (B, F, h, w)."""
@@ -381,7 +381,7 @@ class Network(nn.Module):
         top: Tensor = self.head.features(last)[0]
         return top.to(y.dtype)
 
-    def class_scores(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+    def logits(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """Class scores l_c, (B, K): log p(c | y) up to a function of y.
 
         They are exact where the joint density is not: beside its energy, of the order of

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cdnctl.errors import ConfigError
-from cdnctl.fields import build
 from cdnctl.models import architecture
+from cdnctl.schema import build
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
 from cdnctl.errors import SetupError, TrainingError, UsageError
-from cdnctl.models import Network, Weights
+from cdnctl.models import Mixture, Network
 from cdnctl.training.config import LossConfig, TrainConfig, override, parse
 from cdnctl.training.data import Batch, Batches, Pictures, Unread, fingerprint, load_datasets
 from cdnctl.training.report import CONFIG, PASSED_OVER, RESULTS, Samples
@@ -94,22 +94,22 @@ def losses(model: Network, batch: Batch, config: LossConfig) -> tuple[Tensor, Te
 
     (B,) each, the cross-entropy of the batch's own lesson where it has one.
     """
-    weights: Weights = None
+    mixture: Mixture = None
     if config.conditional:
         one_hot = F.one_hot(batch.labels.clamp_min(0), model.num_classes)
 
-        def weights(logits: Tensor) -> Tensor:
+        def mixture(logits: Tensor) -> Tensor:
             p = logits.softmax(1)
             return torch.where(batch.condition[:, None], one_hot.to(p.dtype), p)
 
-    denoised, logits = model(_noisy(batch), batch.told, weights)
+    denoised, logits = model(_noisy(batch), batch.told, mixture)
     # A noise level of zero has no score to match; 1/255 bounds the weight.
     sigma = batch.sigma.clamp_min(1 / 255)
     matching = score_matching(denoised, batch.clean, sigma, config.score_power)
     lesson = batch.lesson
     if lesson is None:
         return matching, cross_entropy(logits, batch.labels, config.smoothing)
-    logits = model.class_scores(_noisy(lesson), lesson.told)
+    logits = model.logits(_noisy(lesson), lesson.told)
     return matching, cross_entropy(logits, lesson.labels, config.smoothing)
 
 
