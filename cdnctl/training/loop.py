@@ -92,7 +92,7 @@ class Outcome:
 def losses(model: Network, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Score matching and cross-entropy per picture; the latter 0 where unlabelled.
 
-    (B,) each, the cross-entropy of the batch's own lesson where it has one.
+    (B,) each; the cross-entropy of the batch's lesson behind that of the batch, or alone.
     """
     mixture: Mixture = None
     if config.conditional:
@@ -104,13 +104,15 @@ def losses(model: Network, batch: Batch, config: LossConfig) -> tuple[Tensor, Te
 
     denoised, logits = model(_noisy(batch), batch.told, mixture)
     # A noise level of zero has no score to match; 1/255 bounds the weight.
-    sigma = batch.sigma.clamp_min(1 / 255)
+    # Told too much, it cannot come as near as the noise that is there would allow.
+    sigma = torch.maximum(batch.sigma, batch.told).clamp_min(1 / 255)
     matching = score_matching(denoised, batch.clean, sigma, config.score_power)
     lesson = batch.lesson
-    if lesson is None:
-        return matching, cross_entropy(logits, batch.labels, config.smoothing)
-    logits = model.logits(_noisy(lesson), lesson.told)
-    return matching, cross_entropy(logits, lesson.labels, config.smoothing)
+    entropy = [] if batch.alone else [cross_entropy(logits, batch.labels, config.smoothing)]
+    if lesson is not None:
+        logits = model.logits(_noisy(lesson), lesson.told)
+        entropy.append(cross_entropy(logits, lesson.labels, config.smoothing))
+    return matching, torch.cat(entropy)
 
 
 def _noisy(batch: Batch) -> Tensor:
@@ -170,7 +172,8 @@ def loss_and_gradients(
     """
     parameters = list(model.parameters())
     rows = config.data.batch
-    learners = config.data.class_batch if batch.lesson is not None else rows
+    learners = 0 if batch.alone else rows
+    learners += config.data.class_batch if batch.lesson is not None else 0
     try:
         matching, entropy = objective(model, batch, config.loss)
         parts = torch.stack([matching.sum() / rows, entropy.sum() / learners])
@@ -426,7 +429,7 @@ def make_header(config: TrainConfig, pictures: Pictures, datasets: Sequence[Path
         arch=config.model["arch"],
         model=shape,
         classes=classes,
-        sigma_range=(config.noise.low / 255, config.noise.high / 255),
+        sigma_range=(config.noise.low / 255, config.noise.highest / 255),
         patch=config.data.class_patch if config.data.class_batch else config.data.patch,
         data=", ".join(Path(p).resolve().name for p in datasets),
         version=VERSION,
