@@ -9,6 +9,7 @@ import os
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def picture(samples: np.ndarray, **metadata: Any) -> Image:
         metadata=None,
     )
     image = images.read(io.BytesIO(out.getvalue()))
-    return images.replace(image, metadata=Metadata(**metadata))
+    return replace(image, metadata=Metadata(**metadata))
 
 
 def pillow_bytes(samples: np.ndarray, kind: str, **options: Any) -> bytes:
@@ -181,7 +182,7 @@ def test_metadata_survives(suffix, dtype):
     assert tags[306] == tags.get_ifd(34665)[36867] == "2021:03:04 05:06:07"
     assert tags.get_ifd(34665)[37500] == b"maker's note"
     assert tags.get_ifd(34853)[1] == "N"
-    twice = read_bytes(images.encode(images.replace(image, metadata=once), suffix)).metadata
+    twice = read_bytes(images.encode(replace(image, metadata=once), suffix)).metadata
     assert twice == once
 
 
