@@ -26,9 +26,7 @@ _DTYPES = png.DTYPES | tiff.DTYPES | pillow.DTYPES
 WRITE_SUFFIXES = frozenset(_DTYPES)
 """Suffixes, in lower case and with the dot, that `encode` and `write` know."""
 
-READ_SUFFIXES = (
-    WRITE_SUFFIXES | raw.SUFFIXES | {".gif", ".pgm", ".pbm", ".ppm", ".avif", ".qoi", ".tga"}
-)
+READ_SUFFIXES = WRITE_SUFFIXES | raw.SUFFIXES | pillow.READ_ONLY
 """Suffixes of files that are taken for pictures when a folder is searched."""
 
 
