@@ -19,8 +19,9 @@ back. Unchanged pixels thus come out as they went in, and changed ones have no f
 which asks `build.check_size` before memory is set aside and ends in `build.make_image`;
 ``encode(samples, metadata)``; and ``DTYPES``, the dtypes of samples that each suffix can hold.
 `codec` then needs a line each in ``_DTYPES`` (or in READ_SUFFIXES), ``_decode`` and ``encode``, and
-in `conversions` what the format cannot hold; tests/test_images.py takes one file of its kind
-for the tests with damaged files.
+in `conversions` what the format cannot hold. tests/specimens.py takes a small file of its kind,
+which the tests then damage. What Pillow reads and needs no path of its own is a name in
+`pillow.FORMATS` and, where it holds no metadata, in ``pillow._PLAIN``: imageio then reads it.
 """
 
 from cdnctl.files import remove_temporary, temporary_name
