@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from cdnctl import headers
 from cdnctl.errors import ConfigError, WeightsError
-from cdnctl.files import give_name
+from cdnctl.files import write_atomically
 from cdnctl.models import Network, architecture
 from cdnctl.schema import build
 
@@ -67,25 +65,6 @@ _KINDS: Mapping[str, type] = {
     "scores": dict,
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def write_atomically(path: Path, data: bytes, overwrite: bool = True) -> None:
-    """Write to a temporary file beside ``path``, then rename: never half a file.
-
-    FileExistsError if the name is taken and must not be overwritten.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        give_name(Path(name), path, overwrite)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def save_model(

@@ -34,7 +34,7 @@ LAYERS = [
     {"core"},
     {"schema"},
     {"files"},
-    {"errors", "headers", "version"},
+    {"errors", "headers", "units", "version"},
 ]
 DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
 SOURCES = {
@@ -99,7 +99,7 @@ def test_the_core_stands_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in SOURCES if room(n) not in ("cli", "figures", "images", "training")]
+    "name", [n for n in SOURCES if room(n) not in ("cli", "figures", "images", "training", "units")]
 )
 def test_255_lives_where_units_change(name: str) -> None:
     for node in ast.walk(SOURCES[name]):
@@ -119,7 +119,7 @@ def test_255_lives_where_units_change(name: str) -> None:
     ],
 )
 def test_torch_stays_unloaded(code: str) -> None:
-    heavy = {"torch", "skimage", "imagecodecs", "matplotlib"}
+    heavy = {"torch", "skimage", "imagecodecs", "imageio", "matplotlib", "PIL", "tifffile"}
     check = f"\nimport sys\nprint(sorted({heavy} & set(sys.modules)))"
     run = subprocess.run(
         [sys.executable, "-c", code + check], capture_output=True, text=True, check=True

@@ -1,7 +1,7 @@
 """What the commands share: options written once, messages, and units.
 
 The command line speaks of noise levels on the 0..255 scale; everything behind it
-has pixels and sigma in [0, 1]. The conversion happens here and in images.py only.
+has pixels and sigma in [0, 1]. The conversion happens here and in images/ only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from typer.core import TyperCommand
 
 import cdnctl
 from cdnctl.errors import OutputExistsError, UsageError
+from cdnctl.files import write_atomically
 from cdnctl.headers import bundled, classes
+from cdnctl.units import PEAK as PEAK  # the other commands take it from here
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +40,6 @@ Device = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads (default: all cores).")
 ]
-PEAK = 255  # of the command line's scale of noise levels
 NUMBERS = frozenset({".tif", ".tiff", ".npy"})  # suffixes of maps that programs read
 
 SigmaOption = Annotated[
@@ -315,8 +316,6 @@ def keep_existing(path: Path, overwrite: bool) -> None:
 def save(path: Path, data: bytes, overwrite: bool) -> None:
     """Write a whole file or none; UsageError if its place does not take it, OutputExistsError if
     its name is taken and must not be overwritten."""
-    from cdnctl.checkpoints import write_atomically
-
     try:
         write_atomically(path, data, overwrite)
     except FileExistsError:

@@ -209,7 +209,7 @@ class _Illustrator:
 
     def __call__(self, folder: Path, step: int, samples: Samples | None = None) -> None:
         """Curves, and the samples of a validation, if not yet done at this step."""
-        from cdnctl.checkpoints import write_atomically
+        from cdnctl.files import write_atomically
         from cdnctl.training.report import CURVES, SAMPLES, read_results, sheet
 
         if step == self.step:

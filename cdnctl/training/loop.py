@@ -31,12 +31,12 @@ from cdnctl.checkpoints import (
     load_model,
     save_model,
     weights_hash,
-    write_atomically,
 )
 from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
 from cdnctl.errors import SetupError, TrainingError, UsageError
+from cdnctl.files import write_atomically
 from cdnctl.models import Mixture, Network
 from cdnctl.training.config import LossConfig, TrainConfig, override, parse
 from cdnctl.training.data import Batch, Batches, Pictures, Unread, fingerprint, load_datasets
