@@ -22,8 +22,8 @@ from cdnctl.models import Mixture, Network
 from cdnctl.models.baselines import UNet
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.models.trunk import MIN_SIGMA, Whole, resolved
+from cdnctl.training.batches import Batch
 from cdnctl.training.config import DataConfig, TrainConfig
-from cdnctl.training.data import Batch
 from cdnctl.training.loop import loss_and_gradients, losses
 
 ROUNDS = 7

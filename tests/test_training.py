@@ -41,6 +41,7 @@ from cdnctl.core.noise import sample_sigma
 from cdnctl.errors import ConfigError, ImageError, SetupError, TrainingError, UsageError
 from cdnctl.training import loop
 from cdnctl.training import state as states
+from cdnctl.training.batches import Batch, Batches
 from cdnctl.training.config import (
     DataConfig,
     LossConfig,
@@ -51,9 +52,7 @@ from cdnctl.training.config import (
     override,
     parse,
 )
-from cdnctl.training.data import (
-    Batch,
-    Batches,
+from cdnctl.training.datasets import (
     Pictures,
     find_pictures,
     fingerprint,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from cdnctl.training.config import TrainConfig
-    from cdnctl.training.data import Unread
+    from cdnctl.training.datasets import Unread
     from cdnctl.training.loop import Progress
     from cdnctl.training.probe import Trial
     from cdnctl.training.report import Samples
@@ -183,7 +183,7 @@ def train(
 
 def _warn_of(unread: Sequence[Unread], more: str = "") -> None:
     """Name the picture files that are passed over. more: what else is to be said of all."""
-    from cdnctl.training.data import listed
+    from cdnctl.training.datasets import listed
 
     if unread:
         one = len(unread) == 1

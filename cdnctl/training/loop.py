@@ -38,8 +38,9 @@ from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
 from cdnctl.errors import SetupError, TrainingError, UsageError
 from cdnctl.models import Mixture, Network
+from cdnctl.training.batches import Batch, Batches
 from cdnctl.training.config import LossConfig, TrainConfig, override, parse
-from cdnctl.training.data import Batch, Batches, Pictures, Unread, fingerprint, load_datasets
+from cdnctl.training.datasets import Pictures, Unread, fingerprint, load_datasets
 from cdnctl.training.report import CONFIG, PASSED_OVER, RESULTS, Samples
 from cdnctl.training.state import STATE, TrainState, read_run
 from cdnctl.version import VERSION

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cdnctl.checkpoints import Header
 from cdnctl.errors import SetupError
+from cdnctl.training.batches import Batches
 from cdnctl.training.config import TrainConfig
-from cdnctl.training.data import Batches, Unread, load_datasets
+from cdnctl.training.datasets import Unread, load_datasets
 from cdnctl.training.loop import (
     loss_and_gradients,
     make_header,
