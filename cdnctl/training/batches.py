@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cdnctl.core.noise import sample_sigma
 from cdnctl.errors import UsageError
+from cdnctl.images import PEAK
 from cdnctl.training.config import DataConfig, LossConfig, NoiseConfig
 from cdnctl.training.datasets import Pictures
 
@@ -113,7 +114,7 @@ class Batches:
         corner = (u * (room + 1)).long() - shift
         turn = torch.randint(8, (b,), generator=g)
         turn = torch.where(labelled | (not self.data.rotate), turn & 1, turn)
-        sigma = sample_sigma(b, self.noise.low, self.noise.high, self.noise.power, g) / 255
+        sigma = sample_sigma(b, self.noise.low, self.noise.high, self.noise.power, g) / PEAK
         condition = labelled & (torch.rand(b, generator=g) < self.loss.conditional)
         if device.type == "cpu":
             noise = torch.randn(b, 3, p, p, generator=g)

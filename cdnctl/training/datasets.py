@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cdnctl.errors import ImageError, UsageError
-from cdnctl.images import is_image_path, read
+from cdnctl.images import PEAK, from_unit, is_image_path, read
 from cdnctl.training.config import DataConfig
 
 NAMED = 20  # of the files that cannot be read, in a message
@@ -169,7 +169,7 @@ def _load(source: Source, archives: Mapping[Path, zipfile.ZipFile]) -> Tensor:
             ) from None
     if pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
-    levels = np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
+    levels = from_unit(pixels, np.dtype(np.uint8))
     return torch.from_numpy(np.ascontiguousarray(levels.transpose(2, 0, 1)))
 
 
@@ -260,7 +260,7 @@ class Pictures:
         plane = (self.offsets[which, None, None] + row * width + col)[:, None]
         channel = torch.arange(3, device=device).view(1, 3, 1, 1)
         index = plane + channel * (height * width)[:, None]
-        return self.buffer[index].to(torch.float32) / 255
+        return self.buffer[index].to(torch.float32) / PEAK
 
     def subset(self, keep: Tensor) -> Pictures:
         """The pictures with these indices (the buffer is shared)."""
