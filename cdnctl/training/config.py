@@ -136,8 +136,9 @@ def parse(raw: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def _check(c: TrainConfig) -> None:
-    for name, value, low, high in (
+def bounds(c: TrainConfig) -> tuple[tuple[str, float, float, float], ...]:
+    """Every number of a config with its name, and between what it must lie, ends included."""
+    return (
         ("data.patch", c.data.patch, 1, 4096),
         ("data.batch", c.data.batch, 1, 65536),
         ("data.labelled_share", c.data.labelled_share, 0, 1),
@@ -171,7 +172,11 @@ def _check(c: TrainConfig) -> None:
         ("run.validate_every", c.run.validate_every, 1, 10**9),
         ("run.checkpoint_every", c.run.checkpoint_every, 1, 10**9),
         *(("run.validate_sigmas", s, 0, PEAK) for s in c.run.validate_sigmas),
-    ):
+    )
+
+
+def _check(c: TrainConfig) -> None:
+    for name, value, low, high in bounds(c):
         if not low <= value <= high:
             raise ConfigError(f"{name} is {value}, but must lie between {low} and {high}")
     if c.optim.kind not in ("adamw", "muon"):
