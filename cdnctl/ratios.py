@@ -22,9 +22,9 @@ from cdnctl.models import Mixture, Network
 from cdnctl.models.baselines import UNet
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.models.trunk import MIN_SIGMA, Whole, resolved
+from cdnctl.training.batches import Batch
 from cdnctl.training.config import DataConfig, TrainConfig
-from cdnctl.training.data import Batch
-from cdnctl.training.loop import loss_and_gradients, losses
+from cdnctl.training.step import loss_and_gradients, losses
 
 ROUNDS = 7
 PIXELS = 2**18  # of what is denoised; a training step sees a quarter of them

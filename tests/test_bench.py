@@ -20,7 +20,7 @@ from cdnctl.evaluate import noisy_version, picture_psnr
 from cdnctl.models import NetConfig
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.training.config import DataConfig, TrainConfig
-from cdnctl.training.loop import loss_and_gradients, losses
+from cdnctl.training.step import loss_and_gradients, losses
 
 TASKS = {"denoise", "train"}
 SHAPE = NetConfig(num_classes=3, widths=(4, 8), blocks=(1, 1), norm="pixel", head=8)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cdnctl.errors import ConfigError
+from cdnctl.images import PEAK
 from cdnctl.models import architecture
 from cdnctl.schema import build
 
@@ -135,8 +136,9 @@ def parse(raw: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def _check(c: TrainConfig) -> None:
-    for name, value, low, high in (
+def bounds(c: TrainConfig) -> tuple[tuple[str, float, float, float], ...]:
+    """Every number of a config with its name, and between what it must lie, ends included."""
+    return (
         ("data.patch", c.data.patch, 1, 4096),
         ("data.batch", c.data.batch, 1, 65536),
         ("data.labelled_share", c.data.labelled_share, 0, 1),
@@ -147,7 +149,7 @@ def _check(c: TrainConfig) -> None:
         ("data.flats", c.data.flats, 0, 1),
         ("data.holdout", c.data.holdout, 0, 10**9),
         ("noise.low", c.noise.low, 0, c.noise.high),
-        ("noise.high", c.noise.high, c.noise.low, 255),
+        ("noise.high", c.noise.high, c.noise.low, PEAK),
         ("noise.power", c.noise.power, 0, 100),
         ("noise.mismatch", c.noise.mismatch, 0, 1),
         ("loss.score", c.loss.score, 0, 1e9),
@@ -169,8 +171,12 @@ def _check(c: TrainConfig) -> None:
         ("run.log_every", c.run.log_every, 1, 10**9),
         ("run.validate_every", c.run.validate_every, 1, 10**9),
         ("run.checkpoint_every", c.run.checkpoint_every, 1, 10**9),
-        *(("run.validate_sigmas", s, 0, 255) for s in c.run.validate_sigmas),
-    ):
+        *(("run.validate_sigmas", s, 0, PEAK) for s in c.run.validate_sigmas),
+    )
+
+
+def _check(c: TrainConfig) -> None:
+    for name, value, low, high in bounds(c):
         if not low <= value <= high:
             raise ConfigError(f"{name} is {value}, but must lie between {low} and {high}")
     if c.optim.kind not in ("adamw", "muon"):

@@ -16,17 +16,12 @@ from torch import Tensor
 
 from cdnctl.checkpoints import Header
 from cdnctl.errors import SetupError
+from cdnctl.training.batches import Batches
 from cdnctl.training.config import TrainConfig
-from cdnctl.training.data import Batches, Unread, load_datasets
-from cdnctl.training.loop import (
-    loss_and_gradients,
-    make_header,
-    make_model,
-    make_objective,
-    numerics,
-    train_step,
-)
+from cdnctl.training.datasets import Unread, load_datasets
+from cdnctl.training.runs import class_names, make_header, make_model
 from cdnctl.training.state import TrainState
+from cdnctl.training.step import loss_and_gradients, make_objective, numerics, train_step
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05  # relative to float32
 
@@ -72,7 +67,7 @@ def probe(
     pictures, held = load_datasets(datasets, config.data, device)
     loaded((*pictures.unread, *held.unread))
     batches = Batches(pictures, config.data, config.noise, config.loss, config.run.seed)
-    header = make_header(config, pictures, datasets)
+    header = make_header(config, class_names(pictures), datasets)
     precisions = ["float32", *(["tf32"] if device.type == "cuda" else []), "bfloat16"]
     reference: list[tuple[Tensor, list[Tensor]]] = []
     trials: list[Trial] = []
