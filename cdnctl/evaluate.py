@@ -27,7 +27,6 @@ from torch import Tensor
 
 from cdnctl import images
 from cdnctl.api import Model
-from cdnctl.batch import find_pictures
 from cdnctl.core.metrics import psnr
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.restore import (
@@ -39,6 +38,7 @@ from cdnctl.restore import (
     noise_level,
     whole_place,
 )
+from cdnctl.restore.plan import find_pictures
 
 WAITING_PIXELS = 2**22  # that wait for others of their size: some 100 MB
 

@@ -493,7 +493,9 @@ def test_a_tile_that_was_asked_for_is_the_tile(
 def test_the_smallest_tile_is_tried(narrow: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever just suffices for it is enough."""
     y = noisy_picture(70, 60)
-    monkeypatch.setattr("cdnctl.restore.batch_size", lambda height, width: 1)  # it is so small
+    monkeypatch.setattr(
+        "cdnctl.restore.denoise.batch_size", lambda height, width: 1
+    )  # it is so small
     config = narrow.module.config
     least = 2 * (config.margin + -config.margin % config.multiple) + config.multiple
     assert least < 60

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdnctl import tiles
 from cdnctl.api import Model
+from cdnctl.core.mirror import mirrored
 from cdnctl.errors import UsageError
 from cdnctl.evaluate import batches
-from cdnctl.scale import Shrink
+from cdnctl.restore.scale import Shrink
 
 LogPosterior = Callable[[Tensor], Tensor]
 """log p(c | y) in nats, up to a constant: (B, C, H, W) -> (B, K), differentiable."""
@@ -262,7 +262,7 @@ def log_posterior(model: Model, sigma: float, draws: int = 0, seed: int = 0) -> 
 
     def one(y: Tensor) -> Tensor:
         shrink = Shrink(y.shape[2], y.shape[3], model.header.patch)
-        y = tiles.mirrored(shrink(y), module.config.multiple)
+        y = mirrored(shrink(y), module.config.multiple)
         return module.logits(y, sigma * shrink.noise).log_softmax(1)
 
     def averaged(y: Tensor) -> Tensor:

@@ -219,8 +219,8 @@ class _Run:
 
     def add(self, models: Models, folder: Path, noisy: Path | None) -> None:
         """A model to measure, that which suits the first picture."""
-        from cdnctl.batch import expand
         from cdnctl.evaluate import find_samples
+        from cdnctl.restore.plan import expand
 
         chosen = models.pick(*_first_size(expand([folder], recursive=True)))
         self.models.append((chosen, self.some(find_samples(folder, noisy, chosen))))
@@ -370,8 +370,8 @@ def _robust_row(result: Robustness) -> dict[str, Any]:
 def _measure_ood(run: _Run, others: Sequence[str]) -> None:
     """How well each score of each model tells other pictures from those of the folder."""
     from cdnctl.analysis.ood import fit, measure, separations, synthetic
-    from cdnctl.batch import expand
     from cdnctl.evaluate import Sample, read_pictures
+    from cdnctl.restore.plan import expand
 
     foreign = {
         name: run.some([Sample(path) for path in expand([Path(name)], recursive=True)])
