@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 from cdnctl.errors import SetupError
-from cdnctl.training import step
+from cdnctl.training import objectives, step
 from cdnctl.training.batches import Batch
 from cdnctl.training.config import LossConfig
 from cdnctl.training.probe import Trial, best_trial, probe
@@ -48,13 +48,13 @@ def test_probe(datasets: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_probe_trusts_no_way_that_computes_something_else(
     datasets: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, like = step.losses, step._like
+    original, like = objectives.joint, step._like
 
     def off(model: Any, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
         matching, entropy = original(model, batch, config)
         return (matching * 1.02 if model.compute_dtype else matching), entropy
 
-    monkeypatch.setattr(step, "losses", off)
+    monkeypatch.setitem(objectives.OBJECTIVES, "joint", off)  # type: ignore[arg-type]
     trials = probed(datasets, max_seconds=0.0)
     assert {k[0] for k, t in trials.items() if t.sound} == {"float32"}
     fastest = replace(trials["bfloat16", False, False], rate=1e9)

@@ -27,7 +27,7 @@ from cdnctl.checkpoints import (
     weights_hash,
 )
 from cdnctl.errors import UsageError
-from cdnctl.training import step
+from cdnctl.training import objectives
 from cdnctl.training.config import parse
 from cdnctl.training.loop import train
 from cdnctl.training.report import describe
@@ -147,7 +147,7 @@ def test_memory_order_compiling_and_precision_may_change_on_the_way(
     one = train(folder, settings=["run.channels_last=false"], device=CPU, should_stop=after(2))
     assert one.step == 5 and not compiled
     two = train(folder, settings=["run.compile=true"], device=CPU, should_stop=after(2))
-    assert two.step == 7 and compiled == [step.losses]
+    assert two.step == 7 and compiled == [objectives.joint]
     settings = ["run.channels_last=true", "run.compile=false", "run.precision=tf32"]
     assert train(folder, settings=settings, device=CPU).finished
     assert parse(read_run(folder / STATE)["config"]).run.precision == "tf32"

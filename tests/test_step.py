@@ -25,7 +25,8 @@ from cdnctl.training.batches import Batch, Batches
 from cdnctl.training.config import LossConfig, OptimConfig, TrainConfig, parse
 from cdnctl.training.datasets import load_datasets
 from cdnctl.training.loop import train
-from cdnctl.training.step import learning_rate, losses, numerics
+from cdnctl.training.objectives import joint, objective_of
+from cdnctl.training.step import learning_rate, numerics
 
 
 def test_losses_of_a_batch() -> None:
@@ -36,9 +37,9 @@ def test_losses_of_a_batch() -> None:
     told = torch.tensor([0.1, 0.1, 0.3, 0.0])
     labels, condition = torch.tensor([1, 0, -1, 1]), torch.tensor([True, False, False, True])
     config = LossConfig(score_power=0.5)
-    got = losses(net, Batch(clean, noise, sigma, told, labels, condition), config)
+    got = joint(net, Batch(clean, noise, sigma, told, labels, condition), config)
     noisy = clean + sigma.view(-1, 1, 1, 1) * noise
-    logits = net(noisy, told)[1]
+    logits = net.logits(noisy, told)
     for i in range(3):
         w = torch.eye(2)[labels[i]] if condition[i] else None
         d = denoise(net, noisy[i : i + 1], told[i : i + 1], w)
@@ -87,7 +88,7 @@ def test_the_first_step_is_one_of_adamw(
     torch.manual_seed(config.run.seed)
     net = build_module(header)
     batch = Batches(pictures, config.data, config.noise, config.loss, config.run.seed)(0)
-    matching, entropy = losses(net, batch, config.loss)
+    matching, entropy = objective_of(config)(net, batch, config.loss)
     (matching + config.loss.classes * entropy).mean().backward()
     norms = [p for p in net.parameters() if p.ndim == 1]
     weights = [p for p in net.parameters() if p.ndim > 1]

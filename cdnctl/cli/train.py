@@ -195,10 +195,11 @@ def _warn_of(unread: Sequence[Unread], more: str = "") -> None:
 def _use(folder: Path) -> str:
     """The command that suits the model of a run."""
     from cdnctl.checkpoints import find_weights, read_header
+    from cdnctl.core.joint import Corrector
     from cdnctl.models import architecture
 
     module = architecture(read_header(find_weights(folder)).arch).module
-    return "denoise" if module.denoises else "classify"
+    return "denoise" if issubclass(module, Corrector) else "classify"
 
 
 class _Illustrator:

@@ -20,6 +20,7 @@ can use it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from cdnctl.errors import ConfigError
@@ -47,7 +48,12 @@ class Architecture(NamedTuple):
     config: type[Any]  # a frozen dataclass
     module: type[Network]  # built from one of these
     example: Any  # a tiny config, for tests
-    objective: str  # of the training: joint, denoising or classifying
+    objective: str  # of the training, one of those in training/objectives.py
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether the number of classes is part of the config."""
+        return any(field.name == "num_classes" for field in fields(self.config))
 
 
 _TINY = NetConfig(num_classes=3, widths=(4, 8), blocks=(1, 1), norm="pixel", groups=2, head=8)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cdnctl.api import Model
-from cdnctl.errors import UsageError
+from cdnctl.core.joint import HasPosterior
 from cdnctl.images import Image
 from cdnctl.restore import tiles
 from cdnctl.restore.levels import noise_level
@@ -58,7 +58,7 @@ def choose_class(view: View, settings: Settings) -> tuple[Settings, Tensor | Non
     """Settings with the most probable class in the place of "auto", and the class scores that
     say so; the settings as they are, and None, if those come with the view's correction."""
     small = at_class_scale(view)
-    if not view.model.module.classifies or (small is view and len(view.tiles) == 1):
+    if not isinstance(view.model.module, HasPosterior) or (small is view and len(view.tiles) == 1):
         return settings, None
     logits = small.logits()
     if settings.target == AUTO:
@@ -69,7 +69,7 @@ def choose_class(view: View, settings: Settings) -> tuple[Settings, Tensor | Non
 
 def ranked(model: Model, logits: Tensor) -> dict[str, float]:
     """Posterior by class name, most probable first; empty if the model does not classify."""
-    if not model.module.classifies:
+    if not isinstance(model.module, HasPosterior):
         return {}
     p = logits.double().softmax(0)
     return {model.classes[i]: float(p[i]) for i in p.argsort(descending=True).tolist()}
@@ -106,8 +106,7 @@ def rms(values: Tensor) -> float:
 @torch.no_grad()
 def classify(image: Image, model: Model, sigma: float | None = None) -> Classified:
     """Posterior over classes of one picture, at the scale of the training."""
-    if not model.module.classifies:
-        raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
+    model.classifier()
     sigma = noise_level(image.samples, image.alpha, sigma).sigma
     tile = default_tile(model, None)
     view = View(model, image.samples, sigma, tile)

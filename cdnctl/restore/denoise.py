@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cdnctl import images
 from cdnctl.api import Model
+from cdnctl.core.joint import HasPosterior
 from cdnctl.core.noise import ends, unclipped
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
@@ -80,7 +81,7 @@ def restore(
     level = level or noise_level(image.samples, image.alpha, settings.sigma)
     tile = settings.tile or default_tile(model, settings.memory)
     view = View(model, image.samples, level, tile, watch)
-    need = view.area * model.module.config.bytes_per_pixel
+    need = view.area * model.needs.bytes_per_pixel
     if settings.memory is not None and not settings.tile and need > settings.memory:
         raise ImageError(
             f"--memory allows {settings.memory / 1e6:.0f} MB, but the smallest tiles that are "
@@ -191,9 +192,8 @@ def _with_halo(place: tiles.Box, size: tuple[int, ...]) -> tuple[tiles.Box, tile
 
 def _check_model(model: Model, settings: Settings) -> None:
     """UsageError for what the model cannot do."""
-    if not model.module.denoises:
-        raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot denoise")
-    if settings.target is not None and not model.module.classifies:
+    model.corrector()
+    if settings.target is not None and not isinstance(model.module, HasPosterior):
         raise UsageError(
             f"model {model.name!r} ({model.header.arch}) knows no classes: leave --class out"
         )
@@ -216,7 +216,7 @@ def restore_batch(
     first = views[0]
     count = batch_size(first.height, first.width)
     box = first.tiles[0].read
-    y = torch.zeros(count, model.module.config.channels, box[0].stop, box[1].stop)
+    y = torch.zeros(count, model.needs.channels, box[0].stop, box[1].stop)
     told = torch.ones(count)
     for i, view in enumerate(views):
         y[i], told[i] = view.repeated(view.read(box)[None])[0], view.told
@@ -231,7 +231,7 @@ def restore_batch(
     with memory_errors(first):
         choices = [choose_class(view, settings) for view in views]
         choices += [(settings, None)] * (count - len(views))  # for what fills the batch up
-        correction, found = model.module.correction(
+        correction, found = model.corrector().correction(
             y.to(model.device), told.to(model.device), chosen if settings.target else None
         )
     found = found.cpu()
@@ -246,7 +246,7 @@ def restore_batch(
             [class_shift(model, scores, c) for scores, (c, _) in zip(found, choices, strict=True)]
         )
         with memory_errors(first):
-            shifted, _ = model.module.correction(
+            shifted, _ = model.corrector().correction(
                 y.to(model.device), told.to(model.device), shifts.to(model.device)
             )
         changes = [

@@ -12,9 +12,9 @@ from torch import Tensor
 from cdnctl import images
 from cdnctl.api import Model
 from cdnctl.core.guard import held_back, held_to
+from cdnctl.core.joint import HasClassFeatures, HasPosterior, Mixture, Whole
 from cdnctl.core.mirror import reflected
 from cdnctl.errors import ImageError
-from cdnctl.models import Mixture, Whole
 from cdnctl.restore import tiles
 from cdnctl.restore.levels import Level
 from cdnctl.restore.noise import Noise
@@ -50,20 +50,22 @@ class View:
         watch: Callable[[float], None] = lambda share: None,
         logits: Tensor | None = None,  # class scores of the whole picture, if they are known
     ):
-        config = model.module.config
+        needs = model.needs
         self.model = model
         self.level = level if isinstance(level, Level) else Level(level)
         self.sigma = self.level.sigma
         self.height, self.width, self.channels = pixels.shape
         gray = is_gray(pixels)
         self.pixels = pixels[:, :, :1] if gray else pixels
-        self.repeat = config.channels if gray else 1
+        if not gray:
+            check_channels(model, self.channels)
+        self.repeat = needs.channels if gray else 1
         self.told = self.sigma * self.repeat**0.5
         # Extended by mirroring to what the network works on: whole cells.
-        height, width = (n + -n % config.multiple for n in (self.height, self.width))
-        side = max(height, width) if config.whole else (tile or DEFAULT_TILE)
-        self.tiles = tiles.plan(height, width, side, config.margin, config.multiple)
-        self.cells = height * width // config.multiple**2
+        height, width = (n + -n % needs.multiple for n in (self.height, self.width))
+        side = max(height, width) if needs.margin is None else (tile or DEFAULT_TILE)
+        self.tiles = tiles.plan(height, width, side, needs.margin or 0, needs.multiple)
+        self.cells = height * width // needs.multiple**2
         self._watch, self._done, self._passes = watch, 0, 1
         self._logits = logits
         self._held = self._covered = 0  # pixels of tiles: held back, and all
@@ -88,26 +90,34 @@ class View:
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """Class scores of the whole picture, (K,)."""
-        module = self.model.module
-        if not module.classifies:
-            return torch.zeros(module.num_classes)
+        """Class scores of the whole picture, (K,); zeros if the model does not classify."""
+        network = self.model.module
+        if not isinstance(network, HasPosterior):
+            return torch.zeros(network.num_classes)
         if self._logits is None:
             self._passes = 2 if len(self.tiles) > 1 else 1  # this one, and that of the pixels
-            mean = tiles.mean_of_cells(
-                self._counted(lambda y: module.class_features(self.repeated(y), self.told)),
-                self.read,
-                self.tiles,
-                self.model.device,
-                module.config.multiple,
-            )
-            weight = module.head.linear.weight
-            self._logits = module.head.linear(mean.to(weight)).cpu()
+            if isinstance(network, HasClassFeatures):
+                self._logits = self._by_features(network)
+            else:
+                y = self.read(self.tiles[0].read)[None].to(self.model.device)
+                found = self._counted(lambda y: network.logits(self.repeated(y), self.told))(y)
+                self._logits = found[0].cpu()
         return self._logits
+
+    def _by_features(self, network: HasClassFeatures) -> Tensor:
+        """Class scores, (K,), from the mean of the class features over all tiles."""
+        mean = tiles.mean_of_cells(
+            self._counted(lambda y: network.class_features(self.repeated(y), self.told)),
+            self.read,
+            self.tiles,
+            self.model.device,
+            self.model.needs.multiple,
+        )
+        return network.logits_of(mean.float().to(self.model.device)).cpu()
 
     def whole(self, mixture: Mixture) -> Whole | None:
         """What the network must know of the picture to work on a tile of it."""
-        if len(self.tiles) == 1 or (mixture is None and not self.model.module.mixes):
+        if len(self.tiles) == 1 or (mixture is None and not self.model.needs.posterior):
             return None
         return Whole(self.cells, self.logits().softmax(0).to(self.model.device))
 
@@ -147,10 +157,8 @@ class View:
         """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w), in the network's channels."""
         if isinstance(mixture, Tensor):
             mixture = mixture.to(y.device)
-        correction: Tensor = self.model.module.correction(
-            self.repeated(y), self.told, mixture, self.whole(mixture)
-        )[0]
-        return correction
+        network = self.model.corrector()
+        return network.correction(self.repeated(y), self.told, mixture, self.whole(mixture))[0]
 
     def correct(self, y: Tensor, mixture: Mixture) -> Tensor:
         """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w) of the picture, differentiable."""
@@ -191,7 +199,7 @@ class View:
                 assert choose is not None
                 return choose(logits[0].cpu()).to(logits.device)
 
-            correction, logits = self.model.module.correction(
+            correction, logits = self.model.corrector().correction(
                 self.repeated(y), self.told, None if choose is None else chosen
             )
             self._logits = logits[0].cpu()
@@ -221,6 +229,17 @@ class View:
             return out
 
         return run
+
+
+def check_channels(model: Model, channels: int) -> None:
+    """ImageError if pictures of so many channels are none that the network can see."""
+    own = model.needs.channels
+    if channels not in (1, own):
+        kind = "gray pictures" if own == 1 else f"pictures of {own} channels"
+        raise ImageError(
+            f"model {model.name!r} is for {kind}, but this one has {channels} channels: "
+            "convert it, or give another --model"
+        )
 
 
 def _clipped(part: slice, size: int) -> slice:
@@ -270,10 +289,9 @@ def default_tile(model: Model, memory: int | None = None) -> int:
     No less than three margins, of which eight ninths are margin: smaller tiles take hours.
     """
     budget = available_memory(model.device) // 2 if memory is None else memory
-    config = model.module.config
-    least = max(MIN_TILE, 3 * config.margin)
+    least = max(MIN_TILE, 3 * (model.needs.margin or 0))
     side = DEFAULT_TILE
-    while side > least and side**2 * config.bytes_per_pixel > budget:
+    while side > least and side**2 * model.needs.bytes_per_pixel > budget:
         side = max(least, side * 3 // 4)
     return side
 

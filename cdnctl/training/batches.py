@@ -28,7 +28,7 @@ class Batch:
     level says nothing about it, and without examples the gradient may be anything there.
     """
 
-    clean: Tensor  # (B, 3, p, p) in [0, 1]
+    clean: Tensor  # (B, C, p, p) in [0, 1]
     noise: Tensor  # like clean, unit variance
     sigma: Tensor  # (B,) in [0, 1] pixel units
     told: Tensor  # (B,): sigma, or for some pictures a quarter of it to all of it
@@ -117,10 +117,10 @@ class Batches:
         sigma = sample_sigma(b, self.noise.low, self.noise.high, self.noise.power, g) / PEAK
         condition = labelled & (torch.rand(b, generator=g) < self.loss.conditional)
         if device.type == "cpu":
-            noise = torch.randn(b, 3, p, p, generator=g)
+            noise = torch.randn(b, self.pictures.channels, p, p, generator=g)
         else:  # on the device itself: host normals would starve a GPU
             on_device = torch.Generator(device).manual_seed(g.initial_seed())
-            noise = torch.randn(b, 3, p, p, generator=on_device, device=device)
+            noise = torch.randn(b, self.pictures.channels, p, p, generator=on_device, device=device)
         short = torch.rand(b, generator=g) < self.noise.mismatch
         told = torch.where(short, sigma * (0.25 + 0.75 * torch.rand(b, generator=g)), sigma)
         whole = torch.stack([which, *corner.unbind(1), turn, labels, condition.long()])
@@ -138,8 +138,9 @@ class Batches:
     def _with_flats(self, batch: Batch, g: torch.Generator, count: int, rows: slice) -> Batch:
         """Some crops replaced by a flat colour or a linear gradient of colours, of no class."""
         chosen = torch.rand(count, generator=g) < self.data.flats
-        colour = torch.rand(count, 3, 1, 1, generator=g)
-        slopes = torch.rand(2, count, 3, 1, 1, generator=g) - 0.5
+        channels = self.pictures.channels
+        colour = torch.rand(count, channels, 1, 1, generator=g)
+        slopes = torch.rand(2, count, channels, 1, 1, generator=g) - 0.5
         slopes *= torch.rand(count, 1, 1, 1, generator=g) < 0.5  # the others are flat
         ramp = torch.linspace(-1, 1, batch.clean.shape[-1])
         flat = colour + slopes[0] * ramp + slopes[1] * ramp[:, None]

@@ -8,10 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cdnctl.errors import ConfigError
 from cdnctl.images import PEAK
-from cdnctl.models import architecture
+from cdnctl.models import Needs, architecture
 from cdnctl.schema import build
+
+CHANNELS = (1, 3)  # of training pictures: gray, or colour
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,25 @@ def parse(raw: Mapping[str, Any]) -> TrainConfig:
             raise ConfigError(f"name is {value!r}, but must be text")
     parts: dict[str, Any] = {k: build(cls, raw.get(k, {}), k) for k, cls in sections.items()}
     model = {"arch": "gradresnet"} | dict(raw.get("model", {}))
-    shape = {k: v for k, v in model.items() if k != "arch"}
-    net = build(architecture(model["arch"]).config, shape, "model")
-    if getattr(net, "channels", 3) != 3:
-        raise ConfigError(f"model.channels is {net.channels}, but training pictures have 3")
     config = TrainConfig(name=raw.get("name", "model"), model=model, **parts)
+    channels = needs(config).channels
+    if channels not in CHANNELS:
+        raise ConfigError(
+            f"model.channels is {channels}, but training pictures have "
+            f"{' or '.join(map(str, CHANNELS))}"
+        )
     _check(config)
     return config
+
+
+def needs(config: TrainConfig) -> Needs:
+    """What the network of a config asks of its pictures; ConfigError if there cannot be one."""
+    arch = architecture(config.model["arch"])
+    shape = {k: v for k, v in config.model.items() if k != "arch"}
+    if arch.knows_classes:  # how many of them, the datasets say
+        shape = {"num_classes": 1} | shape
+    with torch.device("meta"):
+        return arch.module(build(arch.config, shape, "model")).needs
 
 
 def bounds(c: TrainConfig) -> tuple[tuple[str, float, float, float], ...]:

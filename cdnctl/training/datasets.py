@@ -152,8 +152,8 @@ def _names_in_zip(path: Path) -> list[PurePosixPath]:
     return sorted(names)
 
 
-def _load(source: Source, archives: Mapping[Path, zipfile.ZipFile]) -> Tensor:
-    """One picture as uint8 (3, H, W)."""
+def _load(source: Source, archives: Mapping[Path, zipfile.ZipFile], channels: int) -> Tensor:
+    """One picture as uint8 (channels, H, W). Gray is repeated, or colour averaged."""
     if source.archive is None:
         pixels = read(source.path).pixels
     else:
@@ -167,16 +167,20 @@ def _load(source: Source, archives: Mapping[Path, zipfile.ZipFile]) -> Tensor:
             raise ImageError(
                 f"cannot read {place!r}: the zip file is damaged ({error or type(error).__name__})"
             ) from None
-    if pixels.shape[2] == 1:
-        pixels = pixels.repeat(3, axis=2)
+    if pixels.shape[2] < channels:
+        pixels = pixels.repeat(channels, axis=2)
+    elif pixels.shape[2] > channels:
+        pixels = pixels.mean(2, keepdims=True)
     levels = from_unit(pixels, np.dtype(np.uint8))
     return torch.from_numpy(np.ascontiguousarray(levels.transpose(2, 0, 1)))
 
 
-def _attempt(source: Source, archives: Mapping[Path, zipfile.ZipFile]) -> Tensor | Unread:
+def _attempt(
+    source: Source, archives: Mapping[Path, zipfile.ZipFile], channels: int
+) -> Tensor | Unread:
     """`_load`, or why not."""
     try:
-        return _load(source, archives)
+        return _load(source, archives, channels)
     except ImageError as error:
         return Unread(source.key, str(error))
 
@@ -196,15 +200,18 @@ class Pictures:
     unread: files that were to be among them and could not be read.
     """
 
-    buffer: Tensor  # uint8, all pictures one after the other, each (3, H, W)
+    buffer: Tensor  # uint8, all pictures one after the other, each (C, H, W)
     offsets: Tensor  # (N,) int64
     sizes: Tensor  # (N, 2) int64, H and W
     labels: Tensor  # (N,) int64
     classes: tuple[str, ...]
     unread: tuple[Unread, ...] = ()
+    channels: int = 3  # C
 
     @staticmethod
-    def load(sources: Sequence[Source], classes: Sequence[str], device: torch.device) -> Pictures:
+    def load(
+        sources: Sequence[Source], classes: Sequence[str], device: torch.device, channels: int = 3
+    ) -> Pictures:
         """Decode all files into memory, but for those that cannot be read.
 
         ImageError if these are more than a tenth (and more than one), or all.
@@ -214,7 +221,7 @@ class Pictures:
                 path: stack.enter_context(zipfile.ZipFile(path))
                 for path in {s.archive for s in sources if s.archive is not None}
             }
-            found = list(pool.map(lambda s: _attempt(s, archives), sources))
+            found = list(pool.map(lambda s: _attempt(s, archives, channels), sources))
         unread = tuple(item for item in found if isinstance(item, Unread))
         pictures = [item for item in found if isinstance(item, Tensor)]
         read = [s for s, item in zip(sources, found, strict=True) if isinstance(item, Tensor)]
@@ -234,13 +241,14 @@ class Pictures:
             ),
             classes=tuple(classes),
             unread=unread,
+            channels=channels,
         )
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def crops(self, which: Tensor, top: Tensor, left: Tensor, turn: Tensor, side: int) -> Tensor:
-        """Square crops (B, 3, side, side) in [0, 1].
+        """Square crops (B, C, side, side) in [0, 1].
 
         which, top, left: (B,); pixels outside a picture are reflected. turn: (B,)
         in 0..7, one of the eight symmetries of the square (bit 0 flips columns,
@@ -258,15 +266,19 @@ class Pictures:
         height, width = self.sizes[which, 0, None, None], self.sizes[which, 1, None, None]
         row, col = _reflect(row, height), _reflect(col, width)
         plane = (self.offsets[which, None, None] + row * width + col)[:, None]
-        channel = torch.arange(3, device=device).view(1, 3, 1, 1)
+        channel = torch.arange(self.channels, device=device).view(1, -1, 1, 1)
         index = plane + channel * (height * width)[:, None]
         return self.buffer[index].to(torch.float32) / PEAK
 
     def subset(self, keep: Tensor) -> Pictures:
         """The pictures with these indices (the buffer is shared)."""
         keep = keep.to(self.offsets.device)
-        return Pictures(
-            self.buffer, self.offsets[keep], self.sizes[keep], self.labels[keep], self.classes
+        return replace(
+            self,
+            offsets=self.offsets[keep],
+            sizes=self.sizes[keep],
+            labels=self.labels[keep],
+            unread=(),
         )
 
 
@@ -305,7 +317,11 @@ def fingerprint(*parts: Pictures) -> dict[str, Any]:
 
 
 def load_datasets(
-    roots: Iterable[Path], data: DataConfig, device: torch.device, without: Collection[str] = ()
+    roots: Iterable[Path],
+    data: DataConfig,
+    device: torch.device,
+    without: Collection[str] = (),
+    channels: int = 3,
 ) -> tuple[Pictures, Pictures]:
     """All datasets of a run as (training, validation) pictures over the union of their classes.
 
@@ -328,7 +344,7 @@ def load_datasets(
     unknown = {s.label for s in val if s.label is not None} - set(classes)
     if unknown:
         raise UsageError(f"classes in val/ that train/ does not have: {sorted(unknown)}")
-    pictures = Pictures.load(train, classes, device)
+    pictures = Pictures.load(train, classes, device, channels)
     found = set(pictures.labels.tolist())
     if lost := [name for i, name in enumerate(classes) if i not in found]:
         raise ImageError(
@@ -336,5 +352,5 @@ def load_datasets(
             f"{listed(pictures.unread)}"
         )
     if val:
-        return pictures, Pictures.load(val, classes, device)
+        return pictures, Pictures.load(val, classes, device, channels)
     return split_holdout(pictures, data.holdout)

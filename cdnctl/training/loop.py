@@ -19,7 +19,7 @@ import torch.distributed as dist
 from cdnctl.checkpoints import MODEL, save_model
 from cdnctl.errors import TrainingError, UsageError
 from cdnctl.training.batches import Batches
-from cdnctl.training.config import TrainConfig
+from cdnctl.training.config import TrainConfig, needs
 from cdnctl.training.datasets import Unread, load_datasets
 from cdnctl.training.runs import (
     RESULTS,
@@ -75,7 +75,9 @@ def train(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     _check_shares(config, world)
 
-    pictures, held = load_datasets(known.datasets, config.data, device, known.passed_over)
+    pictures, held = load_datasets(
+        known.datasets, config.data, device, known.passed_over, needs(config).channels
+    )
     unread = (*pictures.unread, *held.unread)
     loaded(unread)
     this = known.with_pictures(pictures, held)
@@ -94,7 +96,7 @@ def train(
     else:
         folder = _made(run)
     batches = Batches(pictures, config.data, config.noise, config.loss, config.run.seed)
-    objective = make_objective(config.run.compile)
+    objective = make_objective(config)
     saved = state.step if resumed else None
 
     def export(name: str) -> None:

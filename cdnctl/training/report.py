@@ -66,7 +66,8 @@ def sheet(samples: Samples) -> bytes:
         levels = from_unit(column.numpy(), np.dtype(np.uint8))
         for y, pixels in enumerate(levels.transpose(0, 2, 3, 1)):
             large = pixels.repeat(factor, 0).repeat(factor, 1)
-            picture.paste(PIL.Image.fromarray(large), (x * step, head + y * step))
+            shown = large if large.shape[2] == 3 else large[:, :, 0]
+            picture.paste(PIL.Image.fromarray(shown), (x * step, head + y * step))
     data = io.BytesIO()
     picture.save(data, "PNG")
     return data.getvalue()

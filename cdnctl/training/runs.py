@@ -20,7 +20,7 @@ import torch.distributed as dist
 from cdnctl.checkpoints import Header, build_module, load_model, weights_hash, write_atomically
 from cdnctl.errors import UsageError
 from cdnctl.images import PEAK
-from cdnctl.models import Network
+from cdnctl.models import Network, architecture
 from cdnctl.training.config import TrainConfig, override, parse
 from cdnctl.training.datasets import Pictures, Unread, fingerprint
 from cdnctl.training.state import STATE, read_run
@@ -184,12 +184,13 @@ def class_names(pictures: Pictures) -> tuple[str, ...]:
 
 def make_header(config: TrainConfig, classes: Sequence[str], datasets: Sequence[Path]) -> Header:
     """What the untrained weights of a run say of themselves."""
-    shape = {k: v for k, v in config.model.items() if k != "arch"} | {"num_classes": len(classes)}
+    shape = {k: v for k, v in config.model.items() if k != "arch"}
+    knows = architecture(config.model["arch"]).knows_classes
     return Header(
         name=config.name,
         arch=config.model["arch"],
-        model=shape,
-        classes=tuple(classes),
+        model=shape | {"num_classes": len(classes)} if knows else shape,
+        classes=tuple(classes) if knows else (),
         sigma_range=(config.noise.low / PEAK, config.noise.high / PEAK),
         patch=config.data.class_patch if config.data.class_batch else config.data.patch,
         data=", ".join(Path(p).resolve().name for p in datasets),
@@ -209,16 +210,12 @@ def make_model(header: Header, config: TrainConfig, device: torch.device) -> Net
 def start_from(path: Path, model: Network) -> dict[str, Any]:
     """Give the model the weights of a file; what these say of their own training.
 
-    A model with a channel of ones in its stem may start from one without: it has no weight at
-    first. UsageError if they are those of another network.
+    They may be those of a network that the model can adopt, see `Network.adopted`. UsageError if
+    they are those of any other.
     """
     found, header = load_model(path)
-    state = found.state_dict()
-    if model.config.constant and not found.config.constant:
-        stem = state["trunk.stem.weight"]  # (widths[0], channels and noise level, 3, 3)
-        state["trunk.stem.weight"] = torch.cat([stem, torch.zeros_like(stem[:, :1])], 1)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(model.adopted(found.state_dict()))
     except RuntimeError as error:
         raise UsageError(
             f"cannot start from {str(path)!r}, whose network or number of classes "

@@ -8,53 +8,20 @@ only idle if the host stops to look at a number. So what depends on numbers in a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.errors import SetupError
-from cdnctl.images import PEAK
-from cdnctl.models import Mixture, Network
+from cdnctl.models import Network
 from cdnctl.training.batches import Batch
-from cdnctl.training.config import LossConfig, TrainConfig
+from cdnctl.training.config import TrainConfig
+from cdnctl.training.objectives import Objective, objective_of
 from cdnctl.training.state import TrainState
-
-QUIETEST = 1 / PEAK  # a noise level of zero has no score to match: this bounds the weight
-
-Objective = Callable[[Network, Batch, LossConfig], tuple[Tensor, Tensor]]
-
-
-def losses(model: Network, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Score matching and cross-entropy per picture; the latter 0 where unlabelled.
-
-    (B,) each, the cross-entropy of the batch's own lesson where it has one.
-    """
-    mixture: Mixture = None
-    if config.conditional:
-        one_hot = F.one_hot(batch.labels.clamp_min(0), model.num_classes)
-
-        def mixture(logits: Tensor) -> Tensor:
-            p = logits.softmax(1)
-            return torch.where(batch.condition[:, None], one_hot.to(p.dtype), p)
-
-    denoised, logits = model(_noisy(batch), batch.told, mixture)
-    sigma = batch.sigma.clamp_min(QUIETEST)
-    matching = score_matching(denoised, batch.clean, sigma, config.score_power)
-    lesson = batch.lesson
-    if lesson is None:
-        return matching, cross_entropy(logits, batch.labels, config.smoothing)
-    logits = model.logits(_noisy(lesson), lesson.told)
-    return matching, cross_entropy(logits, lesson.labels, config.smoothing)
-
-
-def _noisy(batch: Batch) -> Tensor:
-    return batch.clean + batch.sigma.view(-1, 1, 1, 1) * batch.noise
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -92,9 +59,10 @@ def numerics(precision: str, device: torch.device) -> Iterator[torch.dtype | Non
         torch.set_float32_matmul_precision(matmul)
 
 
-def make_objective(compiled: bool) -> Objective:
-    """`losses`, compiled or not."""
-    return torch.compile(losses, dynamic=False) if compiled else losses
+def make_objective(config: TrainConfig) -> Objective:
+    """What the config's architecture is trained to do, compiled if the config says so."""
+    objective = objective_of(config)
+    return torch.compile(objective, dynamic=False) if config.run.compile else objective
 
 
 def loss_and_gradients(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cdnctl.core.joint import Corrector, HasPosterior
 from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
 from cdnctl.images import PEAK
@@ -15,8 +16,8 @@ from cdnctl.models import Network
 from cdnctl.training.batches import Batches
 from cdnctl.training.config import TrainConfig
 from cdnctl.training.datasets import Pictures
+from cdnctl.training.objectives import objective_of
 from cdnctl.training.state import TrainState
-from cdnctl.training.step import losses
 
 VALIDATION_PIXELS = 2**22  # that a GPU works on at once
 VALIDATION_PATCH = 128  # side of the crops of pictures that are no thumbnails
@@ -47,7 +48,8 @@ def validate(state: TrainState, held: Pictures, config: TrainConfig) -> dict[str
         size = config.data.batch
         count = max(1, len(held) // size)
         draw = Batches(held, config.data, config.noise, config.loss, seed=1)
-        parts = [losses(model, draw(i), config.loss) for i in range(count)]
+        objective = objective_of(config)
+        parts = [objective(model, draw(i), config.loss) for i in range(count)]
         matching, entropy = (torch.cat(p).mean().item() for p in zip(*parts, strict=True))
         result["loss"] = config.loss.score * matching + config.loss.classes * entropy
 
@@ -57,18 +59,20 @@ def validate(state: TrainState, held: Pictures, config: TrainConfig) -> dict[str
         targets, patch = _targets(held, config)
         lesson = config.data.class_patch if config.data.class_batch else config.data.patch
         for level in config.run.validate_sigmas:
-            if model.denoises:
+            if isinstance(model, Corrector):
                 scores = [
                     # On the host: MPS knows no float64.
-                    psnr(denoised.clamp(0, 1).cpu(), clean.cpu())
-                    for clean, denoised, _ in _looked_at(model, held, targets, patch, level, size)
+                    psnr(_denoised(model, noisy, level).clamp(0, 1).cpu(), clean.cpu())
+                    for clean, noisy in _looked_at(held, targets, patch, level, size)
                 ]
                 result[f"psnr_{level:g}"] = torch.cat(scores).mean().item()
-            if model.classifies and len(pupils):
-                logits = torch.cat(
-                    [c.cpu() for _, _, c in _looked_at(model, held, pupils, lesson, level, size)]
-                )
-                result[f"accuracy_{level:g}"] = accuracy(logits, held.labels[pupils].cpu())
+            if isinstance(model, HasPosterior) and len(pupils):
+                logits = [
+                    model.logits(noisy, level / PEAK).cpu()
+                    for _, noisy in _looked_at(held, pupils, lesson, level, size)
+                ]
+                labels = held.labels[pupils].cpu()
+                result[f"accuracy_{level:g}"] = accuracy(torch.cat(logits), labels)
         return result
     finally:
         _copy_into(model, trained)
@@ -83,11 +87,14 @@ def _targets(held: Pictures, config: TrainConfig) -> tuple[Tensor, int]:
     return large.nonzero().flatten(), VALIDATION_PATCH
 
 
+def _denoised(model: Corrector, noisy: Tensor, level: float) -> Tensor:
+    return noisy + model.correction(noisy, level / PEAK)[0]
+
+
 def _looked_at(
-    model: Network, held: Pictures, which: Tensor, patch: int, level: float, size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Centre crops of pictures, denoised, and their class scores, in batches; the noise is the
-    same each time."""
+    held: Pictures, which: Tensor, patch: int, level: float, size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Centre crops of pictures, clean and with noise, in batches; it is the same each time."""
     generator = torch.Generator(held.buffer.device).manual_seed(0)
     if held.buffer.device.type != "cpu":
         size = max(size, VALIDATION_PIXELS // patch**2)
@@ -95,8 +102,7 @@ def _looked_at(
         sizes = held.sizes[part]
         corner = (sizes - patch) // 2
         clean = held.crops(part, corner[:, 0], corner[:, 1], torch.zeros_like(part), patch)
-        denoised, logits = model(add_noise(clean, level / PEAK, generator), level / PEAK)
-        yield clean, denoised, logits
+        yield clean, add_noise(clean, level / PEAK, generator)
 
 
 @torch.no_grad()
@@ -106,7 +112,7 @@ def take_samples(state: TrainState, held: Pictures, config: TrainConfig) -> Samp
     denoise, or no network that does."""
     model, levels = state.model, config.run.validate_sigmas
     targets, patch = _targets(held, config)
-    if not model.denoises or not levels or not len(targets):
+    if not isinstance(model, Corrector) or not levels or not len(targets):
         return None
     device, count = held.buffer.device, min(SHOWN, len(targets))
     which = targets[torch.arange(count, device=device) * len(targets) // count]
@@ -119,7 +125,7 @@ def take_samples(state: TrainState, held: Pictures, config: TrainConfig) -> Samp
         for level in levels:
             generator = torch.Generator(device).manual_seed(0)
             noisy.append(add_noise(clean, level / PEAK, generator))
-            denoised.append(model(noisy[-1], level / PEAK)[0])
+            denoised.append(_denoised(model, noisy[-1], level))
     finally:
         _copy_into(model, trained)
     return Samples(clean.cpu(), torch.stack(noisy).cpu(), torch.stack(denoised).cpu(), levels)
