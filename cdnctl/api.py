@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from cdnctl.checkpoints import Header, bundled, find_weights, load_model, weights_hash
 from cdnctl.core import joint
-from cdnctl.errors import UnknownClassError, UsageError
-from cdnctl.models import Network
+from cdnctl.core.joint import Corrector, HasPosterior, Joint
+from cdnctl.errors import UnknownClassError, UsageError, WeightsError
+from cdnctl.models import Needs, Network
 from cdnctl.pictures import Given, Sigma
 
 OneClass = str | int | np.integer | Mapping[str, float]
@@ -94,9 +95,14 @@ class Model(nn.Module):
         return self.header.classes
 
     @property
+    def needs(self) -> Needs:
+        """What the network asks of whoever gives it pictures."""
+        return self.module.needs
+
+    @property
     def sigma_range(self) -> tuple[float, float]:
         """Noise levels seen in training, in [0, 1] pixel units."""
-        return self.header.sigma_range
+        return self.needs.sigma_range
 
     @cached_property
     def hash(self) -> str:
@@ -156,9 +162,9 @@ class Model(nn.Module):
         c: a class name, an index, a mixture ``{"cat": 0.7, "dog": 0.3}``, a list with one of
         these per picture, or weights (K,) or (B, K).
         """
-        self._need("denoises", "denoise")
+        network = self.corrector()
         given, mixture = self._given(y, sigma, c)
-        return given.picture(joint.denoise(self.module, given.y, given.sigma, mixture))
+        return given.picture(joint.denoise(network, given.y, given.sigma, mixture))
 
     @overload
     def score(self, y: Tensor, sigma: Sigma, c: ClassSpec = None) -> Tensor: ...
@@ -171,9 +177,9 @@ class Model(nn.Module):
 
         An array for arrays and PIL pictures, of floats.
         """
-        self._need("denoises", "give a score")
+        network = self.corrector("give a score")
         given, mixture = self._given(y, sigma, c)
-        return given.samples(joint.score(self.module, given.y, given.sigma, mixture))
+        return given.samples(joint.score(network, given.y, given.sigma, mixture))
 
     @overload
     def posterior(self, y: Tensor, sigma: Sigma) -> Tensor: ...
@@ -181,9 +187,9 @@ class Model(nn.Module):
     def posterior(self, y: np.ndarray | PIL.Image.Image, sigma: Sigma) -> np.ndarray: ...
     def posterior(self, y: AnyPicture, sigma: Sigma) -> Tensor | np.ndarray:
         """p(c | y): (B, K), or (K,) for a single picture."""
-        self._need("classifies", "classify")
+        network = self.classifier()
         given, _ = self._given(y, sigma)
-        return given.numbers(self.module.logits(given.y, given.sigma).softmax(1))
+        return given.numbers(joint.posterior(network, given.y, given.sigma))
 
     @overload
     def log_prob(self, y: Tensor, sigma: Sigma, c: ClassSpec = None) -> Tensor: ...
@@ -196,32 +202,40 @@ class Model(nn.Module):
 
         Of a mixture w of classes: log sum_c w_c p(y, c).
         """
-        for ability in ("denoises", "classifies"):  # a joint density is both
-            self._need(ability, "give a log-density")
-        module = self.module
-        if not isinstance(module, joint.Joint):
+        network = self.module
+        if not isinstance(network, Joint):
+            self.corrector("give a log-density")
+            self.classifier("give a log-density")
             raise UsageError(
                 f"model {self.name!r} ({self.header.arch}) has a score and class scores, "
                 "but no log-density: give a model of architecture gradresnet"
             )
         given, mixture = self._given(y, sigma, c)
-        f = module.log_joint(given.y, given.sigma)
+        f = network.log_joint(given.y, given.sigma)
         if mixture is not None:
             f = f + joint.per_class(mixture, f).log()
         return given.numbers(f.logsumexp(1))
 
-    def _need(self, ability: str, verb: str) -> None:
-        if not getattr(self.module, ability):
-            raise UsageError(f"model {self.name!r} ({self.header.arch}) cannot {verb}")
+    def corrector(self, verb: str = "denoise") -> Corrector:
+        """The network, for what takes a denoiser; UsageError that it cannot ``verb``."""
+        if isinstance(self.module, Corrector):
+            return self.module
+        raise UsageError(f"model {self.name!r} ({self.header.arch}) cannot {verb}")
+
+    def classifier(self, verb: str = "classify") -> HasPosterior:
+        """The network, for what takes a classifier; UsageError that it cannot ``verb``."""
+        if isinstance(self.module, HasPosterior):
+            return self.module
+        raise UsageError(f"model {self.name!r} ({self.header.arch}) cannot {verb}")
 
     def _given(
         self, y: AnyPicture, sigma: Sigma, c: ClassSpec = None
     ) -> tuple[Given, Tensor | None]:
         """What the network is given: pictures with their noise levels, and class weights."""
         mixture = self.mixture(c)
-        config = self.module.config
+        needs = self.needs
         weight = next(self.module.parameters())
-        given = Given(y, sigma, config.channels, config.multiple, weight)
+        given = Given(y, sigma, needs.channels, needs.multiple, weight)
         if mixture is not None and mixture.shape[:-1] not in ((), (1,), (given.count,)):
             raise UsageError(
                 f"class weights have shape {tuple(mixture.shape)}, but there are "
@@ -282,8 +296,15 @@ def load(name: str | Path = "photo", device: torch.device | str = "cpu") -> Mode
     """A bundled model by name, or one from a run folder of `cdnctl train` (the best weights of
     the run, else the last ones) or from a weights file.
 
-    WeightsError if there is no such model or the file is not sound.
+    WeightsError if there is no such model, the file is not sound, or the model is not one of
+    pictures.
     """
     path = find_weights(name)
     module, header = load_model(path)
+    low, high = module.needs.value_range
+    if (low, high) != (0.0, 1.0):
+        raise WeightsError(
+            f"{str(path)!r} is a model of values from {low:g} to {high:g}, and not of pictures, "
+            "whose values go from 0 to 1"
+        )
     return Model(module.to(device), header, path)

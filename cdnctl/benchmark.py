@@ -22,12 +22,13 @@ import numpy as np
 import torch
 
 from cdnctl import images
-from cdnctl.batch import Batch, Job
 from cdnctl.errors import CdnctlError
 from cdnctl.evaluate import Sample, noisy_version, picture_psnr, ssim
-from cdnctl.manifest import Manifest
 from cdnctl.methods import is_model, method
 from cdnctl.restore import Settings, View, estimate_sigma
+from cdnctl.restore.batch import Batch
+from cdnctl.restore.manifest import Manifest
+from cdnctl.restore.plan import Job
 from cdnctl.selection import Models
 
 

@@ -136,7 +136,11 @@ def _brief(error: Exception) -> str:
 def build_module(header: Header) -> Network:
     """An untrained module of the header's architecture, on whatever device is current."""
     arch = architecture(header.arch)
-    return arch.module(build(arch.config, header.model, "model"))
+    module = arch.module(build(arch.config, header.model, "model"))
+    module.needs = replace(
+        module.needs, sigma_range=header.sigma_range, value_range=header.value_range
+    )
+    return module
 
 
 def load_model(path: Path) -> tuple[Network, Header]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cdnctl import images
 from cdnctl.api import Model
-from cdnctl.batch import find_pictures
+from cdnctl.core.joint import Corrector, HasPosterior
 from cdnctl.core.metrics import psnr
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.restore import (
@@ -35,10 +35,12 @@ from cdnctl.restore import (
     View,
     at_class_scale,
     batch_size,
+    check_channels,
     moved,
     noise_level,
     whole_place,
 )
+from cdnctl.restore.plan import find_pictures
 
 WAITING_PIXELS = 2**22  # that wait for others of their size: some 100 MB
 
@@ -215,6 +217,7 @@ def evaluate(
         for sample in samples:
             try:
                 clean, given = _read(sample)
+                check_channels(model, clean.shape[2])
             except ImageError as error:
                 row = Row(str(sample.clean), 0.0, label=sample.label, error=str(error))
                 ready[next(places)] = row
@@ -282,10 +285,9 @@ class _Batch:
     @cached_property
     def logits(self) -> Tensor:
         """Class scores, (n, K)."""
-        module = self.model.module
         if self.tiled:
             return self.view.logits()[None]
-        return module.logits(self.y, self.told)[: self.count].cpu()
+        return self.model.classifier().logits(self.y, self.told)[: self.count].cpu()
 
     def predicted(self) -> Tensor:
         """The most probable class of each picture, (n,), at the scale of the training."""
@@ -299,7 +301,7 @@ class _Batch:
         if self.tiled:
             chosen = None if mixture is None else mixture[0]
             return self.view.solve(None if chosen is None else lambda _: chosen)[0][None]
-        correction, logits = self.model.module.correction(
+        correction, logits = self.model.corrector().correction(
             self.y, self.told, None if mixture is None else self._filled(mixture)
         )
         placed = [
@@ -314,10 +316,10 @@ class _Batch:
 def _score(jobs: Sequence[_Job], model: Model) -> list[Row]:
     """Rows of noisy pictures of one kind."""
     *_, has_noise, has_label = jobs[0].kind
-    classifies = model.module.classifies and has_label
+    classifies = isinstance(model.module, HasPosterior) and has_label
     batch = _Batch(jobs, model)
     corrections = told = predicted = None
-    if model.module.denoises and has_noise:
+    if isinstance(model.module, Corrector) and has_noise:
         corrections = batch.solve()
         if classifies:
             predicted = batch.predicted()

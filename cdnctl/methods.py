@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from cdnctl import images, tiles
+from cdnctl import images
 from cdnctl.api import Model, load
 from cdnctl.checkpoints import bundled
-from cdnctl.restore import Settings, restore
+from cdnctl.restore import Settings, restore, tiles
 
 Method = Callable[[np.ndarray, float], np.ndarray]
 

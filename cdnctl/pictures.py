@@ -16,7 +16,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from cdnctl import images, tiles
+from cdnctl import images
+from cdnctl.core.mirror import mirrored
 from cdnctl.errors import UsageError
 
 Sigma = Tensor | np.ndarray | list[float] | float
@@ -69,7 +70,7 @@ class Given:
         level = _levels(sigma, batch)
         _check_scale(batch, level)
         self.gray = own < channels
-        self.y = tiles.mirrored(batch.expand(-1, channels, -1, -1), multiple)
+        self.y = mirrored(batch.expand(-1, channels, -1, -1), multiple)
         self.sigma = level * (channels / own) ** 0.5
 
     def picture(self, out: Tensor) -> Any:

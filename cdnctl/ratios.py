@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from cdnctl.checkpoints import Header, build_module
-from cdnctl.core.joint import per_sample
-from cdnctl.models import Mixture, Network
+from cdnctl.errors import UsageError
+from cdnctl.models import Mixture, Whole
 from cdnctl.models.baselines import UNet
 from cdnctl.models.gradresnet import GradResNet
-from cdnctl.models.trunk import MIN_SIGMA, Whole, resolved
+from cdnctl.models.network import resolved
+from cdnctl.models.trunk import Correcting, Normalised, TrunkNetwork
+from cdnctl.training import objectives
+from cdnctl.training.batches import Batch
 from cdnctl.training.config import DataConfig, TrainConfig
-from cdnctl.training.data import Batch
-from cdnctl.training.loop import loss_and_gradients, losses
+from cdnctl.training.step import loss_and_gradients
 
 ROUNDS = 7
 PIXELS = 2**18  # of what is denoised; a training step sees a quarter of them
@@ -54,32 +56,38 @@ class ByAutograd(GradResNet):
     Where gradients are enabled it can be trained, by double backward.
     """
 
-    def correction(
-        self,
-        y: Tensor,
-        sigma: Tensor | float,
-        mixture: Mixture = None,
-        whole: Whole | None = None,
+    def corrected(
+        self, n: Normalised, mixture: Mixture, whole: Whole | None
     ) -> tuple[Tensor, Tensor]:
         """As of `GradResNet`, of whole pictures; the class scores up to a constant of them all."""
         training = torch.is_grad_enabled()
         with torch.enable_grad():
-            leaf = y.detach().requires_grad_()
-            f = self.log_joint(leaf, sigma)
+            leaf = n.y.detach().requires_grad_()
+            f = self.log_joint(leaf, n.sigma.flatten())
             w = resolved(mixture, f, whole)
             score = torch.autograd.grad(f, leaf, w, create_graph=training)[0]
-        return per_sample(sigma, y).clamp_min(MIN_SIGMA).square() * score, f
+        return n.sigma.square() * score, f
 
 
 def ratios(header: Header, pixels: int = PIXELS, rounds: int = ROUNDS) -> Iterator[Ratio]:
     """Time denoising and training with networks of a model's shape, in every fast precision.
 
     Inference is of one square picture, or of many of the size of the training crops if the
-    network must see pictures as a whole.
+    network must see pictures as a whole. UsageError if the model's shape is none of theirs.
     """
-    shape = build_module(header).config
-    networks = {ADJOINT: GradResNet(shape), AUTOGRAD: ByAutograd(shape), UNET: UNet(shape)}
-    side = header.patch if shape.whole else math.isqrt(pixels)
+    module = build_module(header)
+    if not isinstance(module, TrunkNetwork):
+        raise UsageError(
+            f"model {header.name!r} ({header.arch}) has not the shape of a GradResNet or a UNet: "
+            "give one that has"
+        )
+    shape, needs = module.config, module.needs
+    networks: dict[str, Correcting] = {
+        ADJOINT: GradResNet(shape),
+        AUTOGRAD: ByAutograd(shape),
+        UNET: UNet(shape),
+    }
+    side = header.patch if needs.margin is None else math.isqrt(pixels)
     pictures = torch.rand(max(1, pixels // side**2), shape.channels, side, side)
     data = DataConfig(patch=header.patch, batch=max(1, pixels // 4 // header.patch**2))
     config, batch = TrainConfig(data=data), _batch(data, shape.channels, shape.num_classes)
@@ -87,8 +95,9 @@ def ratios(header: Header, pixels: int = PIXELS, rounds: int = ROUNDS) -> Iterat
     def untracked(function: Callable[[Tensor, float], object]) -> Callable[[], object]:
         return torch.no_grad()(lambda: function(pictures, 0.1))
 
-    def trained(network: Network) -> Callable[[], object]:
-        return lambda: loss_and_gradients(losses, network, batch, config)
+    def trained(network: Correcting) -> Callable[[], object]:
+        objective = objectives.denoising if isinstance(network, UNet) else objectives.joint
+        return lambda: loss_and_gradients(objective, network, batch, config)
 
     denoising = {FORWARD: untracked(GradResNet(shape).log_joint)}
     denoising |= {way: untracked(network.correction) for way, network in networks.items()}

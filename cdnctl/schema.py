@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from cdnctl.errors import ConfigError
@@ -12,6 +12,8 @@ T = TypeVar("T")
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if is_dataclass(hint):
+        return isinstance(value, Mapping)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -34,23 +36,43 @@ def _plain(hint: Any) -> str:
         bool: ("true or false", "values that are true or false"),
         str: ("text", "texts"),
     }
+    if is_dataclass(hint):
+        return "a section of keys and values"
     if hint in words:
         return words[hint][0]
     inner = get_args(hint)
     count = "" if inner[-1] is ... else f"{len(inner)} "
-    return f"a list of {count}{words[inner[0]][1]}"
+    many = "sections" if is_dataclass(inner[0]) else words[inner[0]][1]
+    return f"a list of {count}{many}"
+
+
+def _built(value: Any, hint: Any, where: str) -> Any:
+    """A value that fits, with dataclasses for the mappings in it and tuples for the lists."""
+    if is_dataclass(hint):
+        return build(hint, value, where)  # type: ignore[arg-type]
+    if isinstance(value, list | tuple):
+        inner = get_args(hint)[0]
+        return tuple(_built(v, inner, f"{where}[{i}]") for i, v in enumerate(value))
+    return value
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A frozen dataclass from a mapping; an unknown key or a wrong type is a ConfigError."""
+    """A frozen dataclass from a mapping, and so are the dataclasses in its fields.
+
+    An unknown key, a missing one or a wrong type is a ConfigError that says ``where`` it is.
+    """
     hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    every = fields(cls)  # type: ignore[arg-type]
+    known = [f.name for f in every]
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"unknown key {key!r} in {where}; known keys: {', '.join(known)}")
         if not _fits(value, hints[key]):
             raise ConfigError(f"{where}.{key} is {value!r}, but must be {_plain(hints[key])}")
-    clean = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    needed = [f.name for f in every if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise ConfigError(f"{where} lacks {' and '.join(missing)}")
+    clean = {key: _built(value, hints[key], f"{where}.{key}") for key, value in values.items()}
     try:
         return cls(**clean)
     except ValueError as error:

@@ -15,11 +15,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
+import skimage.data
 from processes import COMMAND, Result, Run, checked, kill_all
+from runs import run
 from tiny import save_tiny
 
 from cdnctl.cli import main
+from cdnctl.training import state
+from cdnctl.training.runs import Outcome
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,3 +80,33 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where `processes.start` puts what commands print."""
     yield tmp_path_factory.mktemp("logs")
     kill_all()
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two classes of textures, and a flat folder of photographs: crops of skimage.data."""
+    root = tmp_path_factory.mktemp("data")
+    sources = {"textures/brick": "brick", "textures/grass": "grass", "photos": "coffee"}
+    rng = np.random.default_rng(0)
+    for folder, name in sources.items():
+        pixels = getattr(skimage.data, name)()
+        (root / folder).mkdir(parents=True)
+        for i in range(20):
+            top, left = (int(rng.integers(0, s - 24)) for s in pixels.shape[:2])
+            crop = pixels[top : top + 24, left : left + 20]
+            PIL.Image.fromarray(crop).save(root / folder / f"{i:02}.png")
+    return [root / "textures", root / "photos"]
+
+
+@pytest.fixture(scope="session")
+def whole(datasets: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(folder, datasets) == Outcome(folder, 10, True)
+    return folder
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at numbers costs, as on a GPU."""
+    monkeypatch.setattr(state, "_looks_are_free", lambda device: False)

@@ -29,7 +29,7 @@ needs_server = pytest.mark.skipif(not HAS_SERVER, reason="this system cannot for
 if HAS_SERVER:
     _context = multiprocessing.get_context("forkserver")
     _context.set_forkserver_preload(
-        ["torch._dynamo", "skimage.restoration", "cdnctl.cli.denoise", "cdnctl.batch"]
+        ["torch._dynamo", "skimage.restoration", "cdnctl.cli.denoise", "cdnctl.restore.batch"]
     )
 
 

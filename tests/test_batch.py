@@ -25,22 +25,11 @@ from tiny import files, noisy_picture, save_tiny, write
 
 from cdnctl import files as naming
 from cdnctl import images
-from cdnctl.batch import (
-    AHEAD,
-    LARGE_PIXELS,
-    Batch,
-    Done,
-    Job,
-    count_pixels,
-    default_output,
-    expand,
-    find_pictures,
-    large_last,
-    plan,
-)
 from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Image, Metadata
 from cdnctl.restore import Level, Restored, Settings, batch_size, noise_level, restore
+from cdnctl.restore.batch import AHEAD, LARGE_PIXELS, Batch, Done, count_pixels, large_last
+from cdnctl.restore.plan import Job, default_output, expand, find_pictures, plan
 from cdnctl.selection import Models
 
 SIGMA = 0.2
@@ -528,7 +517,7 @@ def test_memory_that_runs_out_while_reading_costs_that_file(
             raise MemoryError
         return measured(samples, alpha, sigma)
 
-    monkeypatch.setattr("cdnctl.batch.noise_level", greedy)
+    monkeypatch.setattr("cdnctl.restore.batch.noise_level", greedy)
     jobs = plan([tmp_path / "in"], tmp_path / "out", False)
     errors = {d.job.source.name: d.error for d in batch(tmp_path, Settings()).run(jobs)}
     assert {n for n, e in errors.items() if e} == {"large.png"}
@@ -577,9 +566,9 @@ def test_memory_does_not_grow_with_the_folder(
     monkeypatch.setattr(images, "save", slow)
     jobs = plan([tmp_path / "in"], tmp_path / "out", False)
     for large in (True, False):
-        monkeypatch.setattr("cdnctl.batch.HELD_PIXELS", 5 * height * width)
+        monkeypatch.setattr("cdnctl.restore.batch.HELD_PIXELS", 5 * height * width)
         limit = height * width - 1 if large else height * width
-        monkeypatch.setattr("cdnctl.batch.LARGE_PIXELS", limit)
+        monkeypatch.setattr("cdnctl.restore.batch.LARGE_PIXELS", limit)
         peak = 0
         assert sum(d.error is None for d in batch(tmp_path).run(jobs)) == count - 1
         assert held == 0 and 3 <= peak <= 5 + (2 if large else 1 + AHEAD)
@@ -598,7 +587,7 @@ def test_small_pictures_do_not_wait_for_a_large_one(
     """Neither for their turn nor to be told of, however slow the disk is."""
     write_pictures(tmp_path / "in", *(f"{i}.png" for i in range(batch_size(20, 24) + 3)))
     write(tmp_path / "in" / "large.png", noisy_picture(200, 180))
-    monkeypatch.setattr("cdnctl.batch.LARGE_PIXELS", 1000)
+    monkeypatch.setattr("cdnctl.restore.batch.LARGE_PIXELS", 1000)
     give_name, told = naming.give_name, []
 
     def slow(part: Path, target: Path, overwrite: bool) -> None:
@@ -610,8 +599,10 @@ def test_small_pictures_do_not_wait_for_a_large_one(
         return restore(image, *args)
 
     monkeypatch.setattr(naming, "give_name", slow)
-    monkeypatch.setattr("cdnctl.batch.restore", started)
-    monkeypatch.setattr("cdnctl.batch.batch_size", lambda h, w: batch_size(h, w) if h < 99 else 1)
+    monkeypatch.setattr("cdnctl.restore.batch.restore", started)
+    monkeypatch.setattr(
+        "cdnctl.restore.batch.batch_size", lambda h, w: batch_size(h, w) if h < 99 else 1
+    )
     for done in batch(tmp_path).run(plan([tmp_path / "in"], tmp_path / "out", False)):
         told.append(done.job)
         assert done.error is None
@@ -631,7 +622,7 @@ def test_what_is_written_after_the_end_is_told(
 ) -> None:
     """By a run that is closed while threads still write."""
     write_pictures(tmp_path / "in", *(f"{i}.png" for i in range(40)))
-    monkeypatch.setattr("cdnctl.batch.batch_size", lambda *_: 1)
+    monkeypatch.setattr("cdnctl.restore.batch.batch_size", lambda *_: 1)
     give_name = naming.give_name
 
     def slow(part: Path, target: Path, overwrite: bool) -> None:

@@ -20,7 +20,8 @@ from cdnctl.evaluate import noisy_version, picture_psnr
 from cdnctl.models import NetConfig
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.training.config import DataConfig, TrainConfig
-from cdnctl.training.loop import loss_and_gradients, losses
+from cdnctl.training.objectives import joint
+from cdnctl.training.step import loss_and_gradients
 
 TASKS = {"denoise", "train"}
 SHAPE = NetConfig(num_classes=3, widths=(4, 8), blocks=(1, 1), norm="pixel", head=8)
@@ -134,13 +135,13 @@ def test_all_ways_compute_the_same() -> None:
     batch = type(batch)(*(double(value) for value in vars(batch).values()))
     assert batch.condition.any() and not batch.condition.all()
 
-    results = [loss_and_gradients(losses, net, batch, config) for net in (ours, naive)]
+    results = [loss_and_gradients(joint, net, batch, config) for net in (ours, naive)]
     torch.testing.assert_close(*(parts for parts, _ in results), rtol=1e-9, atol=1e-9)
     for got, want in zip(*(gradients for _, gradients in results), strict=True):
         assert want.abs().max() > 0
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
     with torch.no_grad():
-        got, want = (net(batch.clean, batch.sigma)[0] for net in (ours, naive))
+        got, want = (net.correction(batch.clean, batch.sigma)[0] for net in (ours, naive))
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     assert not want.requires_grad, "a picture that is not trained on holds no graph"
 

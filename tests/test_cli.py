@@ -33,7 +33,8 @@ from cdnctl.cli.common import parse_size
 from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Image, Metadata
 from cdnctl.training import loop, report
-from cdnctl.training.loop import STATE, read_run
+from cdnctl.training.objectives import OBJECTIVES
+from cdnctl.training.state import STATE, read_run
 
 NAMES = ["a b.png", "ä ö ü.jpg", "x[1] {y}.tif", "[bold]日本[/bold].png", "sub/'q\"uote.PNG"]
 
@@ -1009,8 +1010,9 @@ def test_a_run_that_did_not_get_far_leaves_no_folder(
 def test_a_loss_that_is_no_number_from_the_start(
     tmp_path: Path, cdnctl: Run, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loop.losses
-    monkeypatch.setattr(loop, "losses", lambda *args: [x * math.nan for x in original(*args)])
+    original = OBJECTIVES["joint"]
+    broken = lambda *args: tuple(x * math.nan for x in original(*args))  # noqa: E731
+    monkeypatch.setitem(OBJECTIVES, "joint", broken)  # type: ignore[arg-type]
     done = cdnctl("train", dataset, "--config", "toy.toml", "--device", "cpu")
     assert done.code == 1 and "not a number" in done.err
     assert not list(tmp_path.glob("runs/*"))

@@ -365,7 +365,7 @@ def test_tiles_give_what_the_whole_gives(
     """Big pictures go alone and in tiles; class scores are those of the whole picture."""
     sample = Sample(write(tmp_path / "a.tif", picture(130, 70)), "dog")
     (whole,) = evaluate([sample], model, SIGMAS[1:])
-    monkeypatch.setattr(restore, "DEFAULT_TILE", 64)
+    monkeypatch.setattr("cdnctl.restore.view.DEFAULT_TILE", 64)
     monkeypatch.setattr(cdnctl.evaluate, "batch_size", lambda height, width: 1)
     assert len(restore.View(model, picture(130, 70), 0.1).tiles) > 1
     (tiled,) = evaluate([sample], model, SIGMAS[1:])

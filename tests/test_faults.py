@@ -29,7 +29,7 @@ from tiny import files, names, noisy_picture, save_tiny, write
 from cdnctl import checkpoints, images
 from cdnctl import files as naming
 from cdnctl.cli import common
-from cdnctl.manifest import NAME
+from cdnctl.restore.manifest import NAME
 
 OPTIONS = ("--model", "m.safetensors", "--sigma", "25")
 
@@ -357,8 +357,8 @@ def test_a_picture_for_nobody_is_an_error(place: Path) -> None:
 def test_lines_of_progress(place: Path, cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "EVERY", 0.02)
     give_name = naming.give_name
-    monkeypatch.setattr("cdnctl.batch.batch_size", lambda *_: 1)
-    monkeypatch.setattr("cdnctl.restore.batch_size", lambda *_: 1)
+    monkeypatch.setattr("cdnctl.restore.batch.batch_size", lambda *_: 1)
+    monkeypatch.setattr("cdnctl.restore.denoise.batch_size", lambda *_: 1)
 
     def slow(part: Path, target: Path, overwrite: bool) -> None:
         time.sleep(0.05)
@@ -417,7 +417,7 @@ def test_large_pictures_wait_for_small_ones(
 ) -> None:
     command = ("denoise", "in", "--json", *OPTIONS, "-o")
     assert cdnctl(*command, "by_name").code == 0
-    monkeypatch.setattr("cdnctl.batch.LARGE_PIXELS", 5000)
+    monkeypatch.setattr("cdnctl.restore.batch.LARGE_PIXELS", 5000)
     sizes = [
         images.count_pixels(place / r["input"])
         for r in cdnctl(*command, "out").records

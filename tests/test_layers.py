@@ -16,19 +16,15 @@ PACKAGE = Path(__file__).parent.parent / "cdnctl"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"analysis", "batch", "evaluate", "benchmark", "methods", "ratios", "training"},
+    {"analysis", "evaluate", "benchmark", "methods", "ratios", "training"},
     {"restore"},
     {"api", "selection"},
     {
         "checkpoints",
         "figures",
         "images",
-        "manifest",
-        "noise",
         "pictures",
         "runtime",
-        "scale",
-        "tiles",
     },
     {"models"},
     {"core"},
@@ -52,7 +48,7 @@ def imports(name: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{name} has a relative import"
-            # 'from cdnctl import tiles' imports a module, 'from cdnctl.tiles import run' none.
+            # 'from cdnctl import images' imports a module, 'from cdnctl.images import read' none.
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
             modules = {w for w in whole if w.removeprefix("cdnctl.") in known()}
             found |= modules or {node.module}

@@ -20,10 +20,11 @@ from tiny import files, names, noisy_picture, save_tiny, write
 
 from cdnctl import files as naming
 from cdnctl import images
-from cdnctl.batch import Batch, Done, plan
 from cdnctl.errors import SetupError, UsageError
-from cdnctl.manifest import NAME, Manifest, Origin, changed, digest, parts
 from cdnctl.restore import Settings
+from cdnctl.restore.batch import Batch, Done
+from cdnctl.restore.manifest import NAME, Manifest, Origin, changed, digest, parts
+from cdnctl.restore.plan import plan
 from cdnctl.selection import Models
 
 CPU = torch.device("cpu")

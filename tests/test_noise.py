@@ -11,8 +11,9 @@ from skimage import data
 from skimage.transform import resize
 
 from cdnctl.images import Image
-from cdnctl.noise import AXES, OCTAVES, Noise, halved, measure
 from cdnctl.restore import noise_level
+from cdnctl.restore.measuring import halved, measure
+from cdnctl.restore.noise import AXES, OCTAVES, Noise
 
 
 def scene(name: str = "astronaut", channels: int = 3) -> np.ndarray:

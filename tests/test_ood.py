@@ -46,10 +46,9 @@ def test_auroc_counts_pairs_and_half_of_the_ties(inside: list[int], outside: lis
 class Oracle:
     """The Gaussian mixture in the form of a network."""
 
-    denoises = classifies = True
-
     def __init__(self, mixture: GaussianMixture):
         self.mixture, self.log_joint = mixture, mixture.log_joint
+        self.logits = self.log_joint
 
     def correction(self, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         return sigma**2 * joint.score(self.mixture, y, sigma), self.log_joint(y, sigma)

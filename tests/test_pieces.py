@@ -19,11 +19,11 @@ import skimage.data
 import torch
 from typer.testing import CliRunner, Result
 
-from cdnctl.checkpoints import load_model, read_header
+from cdnctl.checkpoints import MODEL, load_model, read_header
 from cdnctl.cli import app
 from cdnctl.errors import UsageError
 from cdnctl.training.config import parse
-from cdnctl.training.loop import MODEL, train
+from cdnctl.training.loop import train
 from cdnctl.training.state import STATE, read_run, read_tensors
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_in_pieces.sh"

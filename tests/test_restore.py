@@ -17,6 +17,7 @@ from tiny import CLASSES, noisy_picture, picture, tiny
 
 from cdnctl import images
 from cdnctl.api import Model
+from cdnctl.core.joint import Corrector, HasPosterior
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image, Metadata
 from cdnctl.models import REGISTRY
@@ -124,7 +125,9 @@ def test_what_the_class_changes_in_a_large_picture(narrow: Model) -> None:
     assert told.class_change == pytest.approx(np.sqrt(np.mean(difference**2)), rel=0.05)
 
 
-@pytest.mark.parametrize("arch", [a for a, (_, net) in REGISTRY.items() if net.denoises])
+@pytest.mark.parametrize(
+    "arch", [a for a, line in REGISTRY.items() if issubclass(line.module, Corrector)]
+)
 @pytest.mark.parametrize("target", ["auto", {"dog": 1.0}], ids=str)
 def test_a_class_is_told_to_models_that_know_classes(
     tmp_path: Path, arch: str, target: object
@@ -132,7 +135,7 @@ def test_a_class_is_told_to_models_that_know_classes(
     some = tiny(tmp_path, arch)
     told = Settings(SIGMA, target=target)  # type: ignore[arg-type]
     for size in ((20, 24), (200, 231)):
-        if some.module.classifies:
+        if isinstance(some.module, HasPosterior):
             assert restore(exact(noisy_picture(*size)), some, told).class_change
         else:
             with pytest.raises(UsageError, match="knows no classes: leave --class out"):
@@ -493,9 +496,12 @@ def test_a_tile_that_was_asked_for_is_the_tile(
 def test_the_smallest_tile_is_tried(narrow: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever just suffices for it is enough."""
     y = noisy_picture(70, 60)
-    monkeypatch.setattr("cdnctl.restore.batch_size", lambda height, width: 1)  # it is so small
-    config = narrow.module.config
-    least = 2 * (config.margin + -config.margin % config.multiple) + config.multiple
+    monkeypatch.setattr(
+        "cdnctl.restore.denoise.batch_size", lambda height, width: 1
+    )  # it is so small
+    margin, multiple = narrow.needs.margin, narrow.needs.multiple
+    assert margin is not None
+    least = 2 * (margin + -margin % multiple) + multiple
     assert least < 60
     sizes = shrink(narrow, monkeypatch, least**2, OUT_OF_MEMORY[0])
     restore(exact(y), narrow, Settings(SIGMA))
@@ -526,7 +532,7 @@ def test_memory_bounds_the_tiles(narrow: Model, monkeypatch: pytest.MonkeyPatch)
     y = np.tile(noisy_picture(240, 300), (3, 1, 1))
     whole = restore(exact(y), narrow, Settings(SIGMA))
     sizes = shrink(narrow, monkeypatch, y.size, OUT_OF_MEMORY[0])
-    need = narrow.module.config.bytes_per_pixel
+    need = narrow.needs.bytes_per_pixel
     for memory in (512**2 * need, 256**2 * need):
         sizes.clear()
         bounded = restore(exact(y), narrow, Settings(SIGMA, memory=memory))
@@ -537,8 +543,8 @@ def test_memory_bounds_the_tiles(narrow: Model, monkeypatch: pytest.MonkeyPatch)
 def test_memory_that_no_tile_fits_into(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is said, and tiles that are nearly all margin are not tried."""
     model = tiny(tmp_path, norm="pixel", widths=[8, 8, 8, 8], blocks=[1, 1, 1, 1])
-    config = model.module.config
-    margin, need = config.margin, config.bytes_per_pixel
+    margin, need = model.needs.margin, model.needs.bytes_per_pixel
+    assert margin is not None
     y = np.zeros((5 * margin, 6 * margin, 3), np.float32)
     sizes = shrink(model, monkeypatch, y.size, OUT_OF_MEMORY[0])
     with pytest.raises(ImageError, match="smallest tiles"):

@@ -17,7 +17,7 @@ from cdnctl.api import Model
 from cdnctl.evaluate import Sample, evaluate, noisy_version
 from cdnctl.images import Image
 from cdnctl.restore import Settings, classify, restore, restore_batch
-from cdnctl.scale import Shrink
+from cdnctl.restore.scale import Shrink
 
 SIGMA, PATCH = 0.2, 16
 LARGE = [(48, 66), (240, 270)]  # in a batch, and in tiles
@@ -78,7 +78,7 @@ def test_what_is_left_of_noise(size: tuple[int, int]) -> None:
 def test_samples_are_averaged_in_blocks_of_rows(
     dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cdnctl.scale.BLOCK", 1000)
+    monkeypatch.setattr("cdnctl.restore.scale.BLOCK", 1000)
     samples = images.from_unit(np.clip(noisy_picture(90, 77), 0, 1), np.dtype(dtype))
     shrink = Shrink(90, 77, 20)
     expected = shrink(as_batch(images.to_unit(samples)))[0].permute(1, 2, 0)

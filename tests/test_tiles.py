@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tiny import noisy_picture, tiny
 from torch import Tensor
 
-from cdnctl import tiles
 from cdnctl.api import Model, load
+from cdnctl.core.mirror import reflected
 from cdnctl.images import Image, from_unit, to_unit
-from cdnctl.restore import Settings, View, restore
+from cdnctl.restore import Settings, View, restore, tiles
 
 CPU = torch.device("cpu")
 SIGMA = 0.2
@@ -114,7 +114,7 @@ def test_reflection_is_numpys_symmetric_padding(size: int, start: int, more: int
     """From anywhere to anywhere, over the edge as often as it takes."""
     stop = start + more
     wanted = np.pad(np.arange(size), (0, max(0, stop - size)), "symmetric")[start:stop]
-    np.testing.assert_array_equal(tiles.reflected(start, stop, size), wanted)
+    np.testing.assert_array_equal(reflected(start, stop, size), wanted)
 
 
 @examples

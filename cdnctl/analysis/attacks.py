@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdnctl import tiles
 from cdnctl.api import Model
+from cdnctl.core.mirror import mirrored
 from cdnctl.errors import UsageError
 from cdnctl.evaluate import batches
-from cdnctl.scale import Shrink
+from cdnctl.restore import check_channels
+from cdnctl.restore.scale import Shrink
 
 LogPosterior = Callable[[Tensor], Tensor]
 """log p(c | y) in nats, up to a constant: (B, C, H, W) -> (B, K), differentiable."""
@@ -256,14 +257,12 @@ def log_posterior(model: Model, sigma: float, draws: int = 0, seed: int = 0) -> 
     over them. They are the same at every look and known to who attacks: the classifier
     is a fixed function, with no randomness to hide behind. 0: none is added.
     """
-    module = model.module
-    if not module.classifies:
-        raise UsageError(f"model {model.name!r} ({model.header.arch}) cannot classify")
+    network = model.classifier()
 
     def one(y: Tensor) -> Tensor:
         shrink = Shrink(y.shape[2], y.shape[3], model.header.patch)
-        y = tiles.mirrored(shrink(y), module.config.multiple)
-        return module.logits(y, sigma * shrink.noise).log_softmax(1)
+        y = mirrored(shrink(y), model.needs.multiple)
+        return network.logits(y, sigma * shrink.noise).log_softmax(1)
 
     def averaged(y: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -354,7 +353,8 @@ def _run(
 
 def _stacked(group: Sequence[tuple[np.ndarray, str]], model: Model) -> tuple[Tensor, Tensor]:
     """Pictures of one size as (B, C, H, W), gray ones in all channels, and their labels (B,)."""
-    channels = model.module.config.channels
+    channels = model.needs.channels
+    check_channels(model, group[0][0].shape[2])
     x = [np.broadcast_to(p, (*p.shape[:2], channels)).transpose(2, 0, 1) for p, _ in group]
     labels = [model.classes.index(label) for _, label in group]
     return (

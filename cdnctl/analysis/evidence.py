@@ -20,9 +20,9 @@ from torch import Tensor
 
 from cdnctl import figures
 from cdnctl.api import Model
+from cdnctl.core.joint import MIN_SIGMA, Corrector, HasPosterior
 from cdnctl.errors import UsageError
 from cdnctl.images import PEAK, Image, to_unit
-from cdnctl.models.trunk import MIN_SIGMA
 from cdnctl.restore import View, at_class_scale, default_tile, memory_errors, ranked
 
 DRAWS = 32  # of noise and shift: a pass each over some 64 x 64 pixels
@@ -70,7 +70,7 @@ def evidence(
     speaks against it. ``draws``: of noise and shift, to average over; with 0 it is the gradient
     for the picture as it is. ImageError if memory does not suffice.
     """
-    if not (model.module.denoises and model.module.classifies):
+    if not (isinstance(model.module, Corrector) and isinstance(model.module, HasPosterior)):
         raise UsageError(f"model {model.name!r} ({model.header.arch}) has no joint density")
     tile = default_tile(model)
     scaled = at_class_scale(View(model, pixels, sigma, tile), tile)
@@ -114,7 +114,7 @@ def _looks(
     # Multiples of these fill a square evenly, however many there are (Roberts 2018).
     steps = np.array([0.7548776662466927, 0.5698402909980532])
     for i in range(draws):
-        down, right = (i * steps % 1 * model.module.config.multiple).astype(int)
+        down, right = (i * steps % 1 * model.needs.multiple).astype(int)
         shifted = np.pad(pixels, ((down, 0), (right, 0), (0, 0)), "symmetric")
         yield shifted + np.float32(sigma) * rng.standard_normal(shifted.shape, np.float32)
 

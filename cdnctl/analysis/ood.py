@@ -19,12 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cdnctl.api import Model
-from cdnctl.core.joint import Joint
+from cdnctl.core.joint import Corrector, HasPosterior, Joint, log_marginal
 from cdnctl.evaluate import batches, noisy_version
-from cdnctl.models import Network
 from cdnctl.restore import batch_size
 
 LOG_P, SCORE_NORM, ERROR, SOFTMAX = "log p(y)", "score norm", "denoising error", "max softmax"
@@ -55,17 +54,18 @@ def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def scores(network: Network, x: Tensor, y: Tensor, sigma: float) -> dict[str, Tensor]:
+def scores(network: nn.Module, x: Tensor, y: Tensor, sigma: float) -> dict[str, Tensor]:
     """The scores, (B,) each, of noisy pictures y of clean ones x, (B, C, H, W), that the network
     can give: all of them only a joint density, and at sigma 0 only the last."""
-    correction, logits = network.correction(y, sigma)
-    found = {}
-    if network.denoises and sigma > 0:
-        if network.classifies and isinstance(network, Joint):
-            found[LOG_P] = network.log_joint(y, sigma).logsumexp(1)
+    found, logits = {}, None
+    if isinstance(network, Corrector) and sigma > 0:
+        if isinstance(network, Joint):
+            found[LOG_P] = log_marginal(network, y, sigma)
+        correction, logits = network.correction(y, sigma)
         found[SCORE_NORM] = -correction.flatten(1).norm(dim=1) / sigma
         found[ERROR] = -(y + correction - x).square().flatten(1).mean(1)
-    if network.classifies:
+    if isinstance(network, HasPosterior):
+        logits = network.logits(y, sigma) if logits is None else logits
         found[SOFTMAX] = logits.softmax(1).amax(1)
     return found
 

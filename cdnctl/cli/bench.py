@@ -88,10 +88,10 @@ def bench(
         keep_existing(plot, overwrite)
         check_plot(plot)
     start_torch("cpu", threads)
-    from cdnctl.batch import expand
     from cdnctl.benchmark import cost, quality
     from cdnctl.checkpoints import find_weights, read_header
     from cdnctl.methods import REFERENCE, YARDSTICKS, available
+    from cdnctl.restore.plan import expand
 
     names = available()
     if methods is not None:

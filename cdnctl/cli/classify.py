@@ -61,8 +61,8 @@ def classify(
     level = parse_sigma(sigma)
     torch_device = start_torch(device, threads)
     from cdnctl import images
-    from cdnctl.batch import expand
     from cdnctl.restore import classify, on_unit_scale
+    from cdnctl.restore.plan import expand
     from cdnctl.selection import Models
 
     models = Models(model, torch_device)
@@ -145,8 +145,8 @@ def explain(
     torch_device = start_torch(device, threads)
     from cdnctl import images
     from cdnctl.analysis.evidence import drawn, evidence
-    from cdnctl.batch import same_file
     from cdnctl.restore import noise_level, on_unit_scale
+    from cdnctl.restore.plan import same_file
     from cdnctl.selection import Models
 
     suffix = output.suffix.lower()

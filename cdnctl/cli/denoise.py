@@ -47,8 +47,9 @@ from cdnctl.cli.common import (
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from cdnctl.batch import Batch, Done, Job
     from cdnctl.restore import Restored, Settings
+    from cdnctl.restore.batch import Batch, Done
+    from cdnctl.restore.plan import Job
     from cdnctl.selection import Models
 
 STDIO = Path("-")
@@ -150,10 +151,11 @@ def denoise(
     torch_device = start_torch(device, threads)
     import torch
 
-    from cdnctl.batch import Batch, plan, same_file
     from cdnctl.images import WRITE_SUFFIXES
-    from cdnctl.manifest import Manifest
     from cdnctl.restore import Settings
+    from cdnctl.restore.batch import Batch
+    from cdnctl.restore.manifest import Manifest
+    from cdnctl.restore.plan import plan, same_file
     from cdnctl.runtime import patient_barrier, process_group
     from cdnctl.selection import Models
 
@@ -235,7 +237,7 @@ def denoise(
 
 
 def _refuse(existing: list[Job], output: Path | None) -> None:
-    from cdnctl.manifest import parts
+    from cdnctl.restore.manifest import parts
 
     more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
     verb = "exist" if more else "exists"
@@ -248,8 +250,8 @@ def _refuse(existing: list[Job], output: Path | None) -> None:
 
 def _announce(batch: Batch, jobs: list[Job], passed: list[Job], printer: Printer) -> list[Done]:
     """The plan, and nothing else; what would be refused is returned."""
-    from cdnctl.batch import Done
     from cdnctl.errors import ImageError
+    from cdnctl.restore.batch import Done
 
     if batch.manifest is not None:
         batch.manifest.read()
@@ -268,7 +270,7 @@ def _announce(batch: Batch, jobs: list[Job], passed: list[Job], printer: Printer
 def _report(batch: Batch, jobs: list[Job], passed: list[Job], printer: Printer) -> list[Done]:
     """Do the work and print each result as it comes; the failures again at the end, and
     returned. passed: jobs that are not to be done."""
-    from cdnctl.batch import count_pixels, large_last
+    from cdnctl.restore.batch import count_pixels, large_last
 
     total, started = len(jobs) + len(passed), time.monotonic()
     heard: dict[Job, str] = {}
@@ -339,9 +341,9 @@ def _pipe(
 ) -> None:
     """One picture from standard input and/or to standard output."""
     from cdnctl import images
-    from cdnctl.batch import check_suffix
     from cdnctl.errors import ImageError
     from cdnctl.restore import on_own_scale, on_unit_scale, restore
+    from cdnctl.restore.plan import check_suffix
 
     if len(inputs) != 1 or output is None:
         raise UsageError("with - give exactly one input and an output: cdnctl denoise - -o out.png")
@@ -382,7 +384,7 @@ def _check_beside(
     option: str, path: Path, jobs: list[Job], suffixes: Collection[str], overwrite: bool
 ) -> None:
     """Refuse a file that an option cannot write beside the output of a single picture."""
-    from cdnctl.batch import same_file
+    from cdnctl.restore.plan import same_file
 
     if len(jobs) != 1:
         raise UsageError(f"{option} takes one picture, not {len(jobs)}")

@@ -219,8 +219,8 @@ class _Run:
 
     def add(self, models: Models, folder: Path, noisy: Path | None) -> None:
         """A model to measure, that which suits the first picture."""
-        from cdnctl.batch import expand
         from cdnctl.evaluate import find_samples
+        from cdnctl.restore.plan import expand
 
         chosen = models.pick(*_first_size(expand([folder], recursive=True)))
         self.models.append((chosen, self.some(find_samples(folder, noisy, chosen))))
@@ -266,13 +266,15 @@ class _Run:
 
 def _gaps(run: _Run, model: Model, samples: Sequence[Sample], paired: bool) -> Iterator[str]:
     """What will not be measured of a model, and why."""
+    from cdnctl.core.joint import Corrector, HasPosterior
+
     about = f"model {model.name!r} ({model.header.arch})"
     folders = {sample.place.partition("/")[0] for sample in samples} - {""}
-    if not model.module.denoises:
+    if not isinstance(model.module, Corrector):
         yield f"no PSNR and SSIM of {about}, which does not denoise"
     elif not paired and 0 in run.levels:
         yield "no PSNR and SSIM at sigma 0, where there is nothing to remove"
-    if not model.module.classifies:
+    if not isinstance(model.module, HasPosterior):
         yield f"no accuracy of {about}, which does not classify"
     elif not folders:
         yield "no accuracy, which takes folders named after classes"
@@ -370,8 +372,8 @@ def _robust_row(result: Robustness) -> dict[str, Any]:
 def _measure_ood(run: _Run, others: Sequence[str]) -> None:
     """How well each score of each model tells other pictures from those of the folder."""
     from cdnctl.analysis.ood import fit, measure, separations, synthetic
-    from cdnctl.batch import expand
     from cdnctl.evaluate import Sample, read_pictures
+    from cdnctl.restore.plan import expand
 
     foreign = {
         name: run.some([Sample(path) for path in expand([Path(name)], recursive=True)])
@@ -379,7 +381,7 @@ def _measure_ood(run: _Run, others: Sequence[str]) -> None:
         if name != SYNTHETIC
     }
     for model, own in run.models:
-        side, channels = model.header.patch, model.module.config.channels
+        side, channels = model.header.patch, model.needs.channels
         sets = {
             name: [(s.key, fit(x, side, channels)) for s, x in read_pictures(samples, run.fail)]
             for name, samples in [("", own), *foreign.items()]

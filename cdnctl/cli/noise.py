@@ -44,8 +44,8 @@ def noise(
     It is what denoise goes by where no --sigma is given; nothing is written.
     """
     from cdnctl import images
-    from cdnctl.batch import expand
     from cdnctl.restore import noise_level, on_unit_scale
+    from cdnctl.restore.plan import expand
 
     files = expand(inputs, recursive)
     white = parse_range(scale)

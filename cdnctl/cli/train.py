@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     import torch
 
     from cdnctl.training.config import TrainConfig
-    from cdnctl.training.data import Unread
-    from cdnctl.training.loop import Progress
+    from cdnctl.training.datasets import Unread
     from cdnctl.training.probe import Trial
-    from cdnctl.training.report import Samples
+    from cdnctl.training.runs import Progress
+    from cdnctl.training.validation import Samples
 
 PROBE_SECONDS = 90.0  # after which a probe begins no further trial, if nothing else is said
 
@@ -105,7 +105,8 @@ def train(
     from cdnctl.checkpoints import MODEL
     from cdnctl.runtime import process_group
     from cdnctl.training.config import load, override
-    from cdnctl.training.loop import discard, new_run_folder, shared_path, train
+    from cdnctl.training.loop import train
+    from cdnctl.training.runs import discard, new_run_folder, shared_path
     from cdnctl.training.state import STATE, read_run
 
     parsed = None if config is None else load(_bundled().get(config, Path(config)))
@@ -183,7 +184,7 @@ def train(
 
 def _warn_of(unread: Sequence[Unread], more: str = "") -> None:
     """Name the picture files that are passed over. more: what else is to be said of all."""
-    from cdnctl.training.data import listed
+    from cdnctl.training.datasets import listed
 
     if unread:
         one = len(unread) == 1
@@ -194,10 +195,11 @@ def _warn_of(unread: Sequence[Unread], more: str = "") -> None:
 def _use(folder: Path) -> str:
     """The command that suits the model of a run."""
     from cdnctl.checkpoints import find_weights, read_header
+    from cdnctl.core.joint import Corrector
     from cdnctl.models import architecture
 
     module = architecture(read_header(find_weights(folder)).arch).module
-    return "denoise" if module.denoises else "classify"
+    return "denoise" if issubclass(module, Corrector) else "classify"
 
 
 class _Illustrator:

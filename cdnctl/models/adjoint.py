@@ -17,6 +17,7 @@ halves the memory of inference. It leaves the cotangent that it is given alone.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import zip_longest
 
@@ -45,9 +46,6 @@ def init_normal(weight: Tensor, std: float) -> None:
 class Conv(nn.Module):
     """Bias-free convolution (B, C_in, H, W) -> (B, C_out, H/stride, W/stride).
 
-    ``gain``: factors of the input's channels, (C_in,), applied to the weights, of which
-    there are fewer than there are pixels.
-
     A kernel of 3 at stride 1 keeps the size, 4 at stride 2 halves it with
     overlapping (hence less aliased) windows, 2 at stride 2 halves it without.
     H and W must be multiples of the stride, so that the transposed convolution
@@ -66,13 +64,15 @@ class Conv(nn.Module):
             self.weight.data *= torch.outer(taper, taper)
 
     def forward(self, x: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Adjoint]:
+        """gain: factors of the input's channels, (C_in,). They multiply the weights, which are
+        fewer than the pixels."""
         w = self.weight if gain is None else self.weight * gain.view(1, -1, 1, 1)
-        w = w.to(x.dtype)
-        y = F.conv2d(x, w, stride=self.stride, padding=self.padding)
+        w = w.to(x.dtype)  # (C_out, C_in, kernel, kernel)
+        y = F.conv2d(x, w, stride=self.stride, padding=self.padding)  # (B, C_out, H/stride, ...)
         return y, lambda g: F.conv_transpose2d(g, w, stride=self.stride, padding=self.padding)
 
 
-class Norm(nn.Module):
+class Norm(nn.Module, ABC):
     """A normalisation with a gain per channel and no bias."""
 
     eps = 1e-4
@@ -81,12 +81,12 @@ class Norm(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(channels))
 
+    @abstractmethod
     def normalise(self, x: Tensor) -> tuple[Tensor, Adjoint]:
-        """The norm without its gain, and the adjoint of that."""
-        raise TypeError(f"{type(self).__name__} does not define its normalisation")
+        """The norm without its gain, (B, C, H, W) like x, and the adjoint of that."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Adjoint]:
-        gain = self.gain.to(x.dtype).view(1, -1, 1, 1)
+        gain = self.gain.to(x.dtype).view(1, -1, 1, 1)  # (1, C, 1, 1)
         n, adjoint = self.normalise(x)
         return n * gain, lambda g: adjoint(g * gain)
 
@@ -99,16 +99,15 @@ class PixelNorm(Norm):
     """
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Adjoint]:
-        """The norm without its gain, and the adjoint of that."""
         # Sums, not means: autograd would spread a mean over all channels, out of channels-last.
         share = 1 / x.shape[1]
-        wide = x.to(stat_dtype(x))
-        rstd = (wide.square().sum(1, keepdim=True) * share + self.eps).rsqrt()
+        wide = x.to(stat_dtype(x))  # (B, C, H, W)
+        rstd = (wide.square().sum(1, keepdim=True) * share + self.eps).rsqrt()  # (B, 1, H, W)
 
         def adjoint(g: Tensor) -> Tensor:
             # What depends on the pixel alone is put together first: fewer passes over memory.
             wide, g = x.to(rstd.dtype), g.to(rstd.dtype)
-            along = rstd * (rstd.square() * share * (g * wide).sum(1, keepdim=True))
+            along = rstd * (rstd.square() * share * (g * wide).sum(1, keepdim=True))  # (B, 1, H, W)
             return (g * rstd).addcmul_(wide, along, value=-1).to(x.dtype)
 
         return (wide * rstd).to(x.dtype), adjoint
@@ -125,13 +124,12 @@ class GroupNorm(Norm):
         self.groups = groups
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Adjoint]:
-        """The norm without its gain, and the adjoint of that."""
         b, c, h, w = x.shape
-        split = (b, self.groups, c // self.groups, h, w)
+        split = (b, self.groups, c // self.groups, h, w)  # (B, G, C/G, H, W)
         axes = (2, 3, 4)
         wide = x.to(stat_dtype(x)).view(split)
         centred = wide - wide.mean(axes, keepdim=True)
-        rstd = (centred.square().mean(axes, keepdim=True) + self.eps).rsqrt()
+        rstd = (centred.square().mean(axes, keepdim=True) + self.eps).rsqrt()  # (B, G, 1, 1, 1)
         n = centred * rstd
 
         def adjoint(g: Tensor) -> Tensor:
@@ -230,12 +228,13 @@ class QuadraticForm(nn.Module):
         self.register_buffer("sign", sign, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self.weight.flatten(1)
+        p = self.weight.flatten(1)  # (rank, C)
         form = (p * self.sign.view(-1, 1)).T @ p  # (C, C): one convolution instead of two
-        return F.conv2d(x, form[:, :, None, None].to(x.dtype))
+        return F.conv2d(x, form[:, :, None, None].to(x.dtype))  # (B, C, H, W)
 
     def energy(self, x: Tensor) -> Tensor:
         """Value of the form, (B,), summed over pixels in at least float32."""
         x = x.to(stat_dtype(x))
-        squares = F.conv2d(x, self.weight.to(x.dtype)).square() * self.sign.to(x.dtype)
+        p = F.conv2d(x, self.weight.to(x.dtype))  # (B, rank, H, W)
+        squares = p.square() * self.sign.to(x.dtype)
         return 0.5 * squares.sum((1, 2, 3))

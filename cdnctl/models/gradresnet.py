@@ -15,18 +15,23 @@ with U extensive (a sum over pixels and stages) and l_c intensive (a mean).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from cdnctl.models.adjoint import QuadraticForm
-from cdnctl.models.trunk import PRIOR_STD, Mixture, NetConfig, Network, Normalised, Whole, resolved
+from cdnctl.models.network import Mixture, Whole, resolved
+from cdnctl.models.trunk import PRIOR_STD, Classifying, Correcting, NetConfig, Normalised
 
 
-class GradResNet(Network):
+class GradResNet(Correcting, Classifying):
     """Joint log-density of a noisy picture and its class."""
 
     def __init__(self, config: NetConfig):
         super().__init__(config)
+        # The score of p(y) is that of all classes, mixed by p(c | y).
+        self.needs = replace(self.needs, posterior=True)
         last = len(config.widths) - 1
         self.sides = nn.ModuleDict()
         for i, width in enumerate(config.widths):
@@ -45,32 +50,27 @@ class GradResNet(Network):
 
     def log_joint(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """f_c(y) = log p_sigma(y, c) up to a constant: (B, C, H, W) -> (B, K), in nats."""
-        n = Normalised(y, sigma, self.config.multiple)
+        n = self.normalised(y, sigma)
         features = list(self.trunk.encode(n, self.compute_dtype))
-        logits, _ = self.head(features[-1])
-        gauss = -(y - 0.5).square().sum((1, 2, 3)) / (2 * n.tau.flatten().square())
-        u = self.energy(features).to(y.dtype)
-        return (gauss + PRIOR_STD / n.sigma.flatten() * u)[:, None] + logits
+        logits, _ = self.head(features[-1])  # (B, K)
+        prior = -(y - 0.5).square().sum((1, 2, 3)) / (2 * n.tau.flatten().square())  # (B,)
+        u = self.energy(features).to(y.dtype)  # (B,)
+        return (prior + PRIOR_STD / n.sigma.flatten() * u)[:, None] + logits
 
-    def correction(
-        self,
-        y: Tensor,
-        sigma: Tensor | float,
-        mixture: Mixture = None,
-        whole: Whole | None = None,
+    def corrected(
+        self, n: Normalised, mixture: Mixture, whole: Whole | None
     ) -> tuple[Tensor, Tensor]:
-        """sigma^2 sum_c w_c s_c(y) by the trunk's adjoint, and the class scores."""
-        n = Normalised(y, sigma, self.config.multiple)
-        features, adjoint = self.trunk(n, self.compute_dtype)
-        logits, head_adjoint = self.head(features[-1], whole)
-        w = resolved(mixture, logits, whole)
-        total = w.sum(1).view(-1, 1, 1, 1)
+        """By the trunk's adjoint: G is the gradient of a scalar."""
+        features, adjoint = self.trunk(n, self.compute_dtype)  # (B, widths[i], h_i, w_i) each
+        logits, head_adjoint = self.head(features[-1], whole)  # (B, K)
+        w = resolved(mixture, logits, whole)  # (B, K)
+        total = w.sum(1).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
 
         # The cotangent of every stage's features: its side connection's gradient,
-        # and for the last stage also that of the weighted class scores.
-        pull: list[Tensor | None] = [None] * len(features)
+        # and for the last stage also that of the weighted logits.
+        cotangents: list[Tensor | None] = [None] * len(features)
         for i, form in self.sides.items():
-            pull[int(i)] = form(features[int(i)]).mul_(total.to(features[0].dtype))
-        pull[-1] = pull[-1] + head_adjoint(w * (n.sigma / PRIOR_STD).view(-1, 1))
-        del features  # what the adjoint does not need makes room for it
-        return n.correction(adjoint(pull), total), logits
+            cotangents[int(i)] = form(features[int(i)]).mul_(total.to(features[0].dtype))
+        cotangents[-1] = cotangents[-1] + head_adjoint(w * (n.sigma / PRIOR_STD).view(-1, 1))
+        del features  # the adjoint holds on to those that it needs
+        return n.correction(adjoint(cotangents), total), logits

@@ -20,16 +20,14 @@ from torch import Tensor, nn
 from torch.nn.functional import conv_transpose2d, pixel_shuffle
 
 from cdnctl.models.adjoint import Chain, Conv
+from cdnctl.models.network import Mixture, Whole, posterior_of, resolved
 from cdnctl.models.trunk import (
     PRIOR_STD,
-    Mixture,
+    Classifying,
+    Correcting,
     NetConfig,
-    Network,
     Normalised,
-    Whole,
     make_blocks,
-    posterior_of,
-    resolved,
 )
 
 
@@ -65,41 +63,31 @@ class Decoder(nn.Module):
         return pixel_shuffle(_transposed(self.out, h), self.unshuffle)
 
 
-class Hybrid(Network):
+class Hybrid(Correcting, Classifying):
     """A denoiser and a classifier on one encoder, tied by Bayes' rule."""
-
-    mixes = False
 
     def __init__(self, config: NetConfig):
         super().__init__(config)
         self.decoder = Decoder(config)
 
-    def correction(
-        self,
-        y: Tensor,
-        sigma: Tensor | float,
-        mixture: Mixture = None,
-        whole: Whole | None = None,
+    def corrected(
+        self, n: Normalised, mixture: Mixture, whole: Whole | None
     ) -> tuple[Tensor, Tensor]:
-        """sigma^2 sum_c w_c s_c(y), like y, and the class scores, (B, K).
-
-        Without ``mixture`` that is the UNet alone; with them the trunk's adjoint is run for
-        the gradient of the class scores.
-        """
-        n = Normalised(y, sigma, self.config.multiple)
+        """Without a mixture that is the UNet alone; with one the trunk's adjoint is run for the
+        gradient of the logits."""
         if mixture is None:
             features = list(self.trunk.encode(n, self.compute_dtype))
             logits, _ = self.head(features[-1], whole)
             return n.correction(self.decoder(features).to(n.z.dtype)), logits
-        features, adjoint = self.trunk(n, self.compute_dtype)
-        logits, head_adjoint = self.head(features[-1], whole)
-        w = resolved(mixture, logits, whole)
-        total = w.sum(1, keepdim=True)
-        pull: list[Tensor | None] = [None] * len(features)
+        features, adjoint = self.trunk(n, self.compute_dtype)  # (B, widths[i], h_i, w_i) each
+        logits, head_adjoint = self.head(features[-1], whole)  # (B, K)
+        w = resolved(mixture, logits, whole)  # (B, K)
+        total = w.sum(1, keepdim=True)  # (B, 1)
+        cotangents: list[Tensor | None] = [None] * len(features)
         tilt = w - total * posterior_of(logits, whole)
-        pull[-1] = head_adjoint(tilt * (n.sigma / PRIOR_STD).view(-1, 1))
+        cotangents[-1] = head_adjoint(tilt * (n.sigma / PRIOR_STD).view(-1, 1))
         total = total.view(-1, 1, 1, 1)
-        g = total * self.decoder(features).to(n.z.dtype) + adjoint(pull)
+        g = total * self.decoder(features).to(n.z.dtype) + adjoint(cotangents)  # (B, C, H', W')
         return n.correction(g, total), logits
 
 

@@ -1,17 +1,17 @@
-"""What all architectures share: the shape of a network, its trunk and its class head."""
+"""Residual networks on one trunk: their config, the encoder, the class head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdnctl.core.joint import per_class, per_sample
+from cdnctl.core.joint import MIN_SIGMA, per_sample
 from cdnctl.models.adjoint import (
     Activation,
     Adjoint,
@@ -24,46 +24,33 @@ from cdnctl.models.adjoint import (
     init_normal,
     stat_dtype,
 )
+from cdnctl.models.network import Mixture, Needs, Network, Whole
 
 PRIOR_STD = 0.25  # s0: about the standard deviation of the pixels of natural images
-MIN_SIGMA = 1e-4  # below this (0.03 of 255) a noise level is treated as this one
 
 MAX_STAGES, MAX_BLOCKS = 10, 100
 
 HALF = (torch.float16, torch.bfloat16)
 
-Mixture = Tensor | Callable[[Tensor], Tensor] | None
-
 
 @dataclass(frozen=True)
 class NetConfig:
-    """Shape of a network.
-
-    ``widths`` and ``blocks`` give one entry per stage; each later stage works at
-    half the resolution of the one before. ``unshuffle`` folds squares of that
-    many pixels into channels before the first stage (1: full resolution).
-    ``down`` is the kernel of the strided convolution between stages: 2 or 4.
-    ``side`` is the rank of a stage's quadratic side connection as a multiple of
-    its width (0: only the last stage enters the energy). ``head`` is the width
-    of the hidden layer in front of the class scores. ``decoder`` gives the blocks of a
-    decoder with weights of its own, one entry per stage (none: as many as ``blocks``).
-    ``constant`` gives the stem a channel of ones beside the noise level: without it all
-    features vanish where the picture is mid-gray and the noise low, and the gradient of
-    their norm has no bound there.
-    """
+    """Shape of a network. Each stage after the first has half the resolution of the one before."""
 
     num_classes: int = 10
-    channels: int = 3
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
-    unshuffle: int = 1
-    norm: str = "group"
-    groups: int = 8
-    activation: str = "gelu"
-    down: int = 4
-    side: float = 1.0
-    head: int = 512
-    decoder: tuple[int, ...] = ()
+    channels: int = 3  # of the pictures
+    widths: tuple[int, ...] = (64, 128, 256, 512)  # channels of every stage
+    blocks: tuple[int, ...] = (2, 2, 2, 2)  # residual blocks of every stage
+    unshuffle: int = 1  # side of the squares of pixels that become channels before the first stage
+    norm: str = "group"  # group, pixel or none
+    groups: int = 8  # of a group norm
+    activation: str = "gelu"  # or silu
+    down: int = 4  # kernel of the strided convolutions between stages: 2 or 4
+    side: float = 1.0  # rank of a stage's quadratic form, in widths (0: only the last has one)
+    head: int = 512  # width of the hidden layer before the logits
+    decoder: tuple[int, ...] = ()  # blocks of every stage of a separate decoder (none: ``blocks``)
+    # A channel of ones beside the noise level: without it all features vanish where the picture
+    # is mid-gray and the noise low, and the gradient of their norm has no bound there.
     constant: bool = False
 
     def __post_init__(self) -> None:
@@ -101,24 +88,6 @@ class NetConfig:
             raise ValueError(f"widths {self.widths} must be multiples of groups {self.groups}")
 
     @property
-    def whole(self) -> bool:
-        """Whether a picture must be seen as a whole: group norm looks at all of it."""
-        return self.norm == "group"
-
-    @property
-    def bytes_per_pixel(self) -> int:
-        """About what a pass takes of memory per pixel of a tile, in float32.
-
-        Two tensors of every block are kept for the adjoint; the features of a stage and what
-        is in flight make up for three more. Measured within a quarter of it with pixel norm.
-        """
-        floats, cell = 0.0, self.unshuffle
-        for i, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
-            cell *= 2 if i else 1
-            floats += width * (3 + 2 * blocks) / cell**2
-        return round(4 * (floats + 8 * self.channels))
-
-    @property
     def multiple(self) -> int:
         """Sides that are multiples of this number need no padding."""
         return int(self.unshuffle * 2 ** (len(self.widths) - 1))
@@ -144,22 +113,41 @@ class NetConfig:
         return reach
 
     @property
-    def margin(self) -> int:
-        """Margin of tiles in pixels: the receptive radius, or ten of the coarsest cells.
+    def needs(self) -> Needs:
+        """What networks of this shape ask for."""
+        return Needs(self.channels, self._bytes_per_pixel, self.multiple, self._margin)
+
+    @property
+    def _bytes_per_pixel(self) -> int:
+        """Memory of a pass, measured to be right within a quarter with pixel norm.
+
+        Two tensors of every block are kept for the adjoint; the features of a stage and what
+        is in flight make up for three more.
+        """
+        floats, cell = 0.0, self.unshuffle
+        for i, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
+            cell *= 2 if i else 1
+            floats += width * (3 + 2 * blocks) / cell**2
+        return round(4 * (floats + 8 * self.channels))
+
+    @property
+    def _margin(self) -> int | None:
+        """The receptive radius, or ten of the coarsest cells; none with group norm, which looks
+        at the whole picture.
 
         Influence falls with distance. For the bundled photo model at sigma 15 to 86 of 255,
-        what lies beyond ten cells (160 pixels) moved no pixel by more than 6e-7, beyond
-        eight 3e-6. For one that had never been told too little noise in training it was
-        2e-5 and 2e-4: its gradient is steeper.
+        pixels beyond ten cells (160 pixels) moved no other by more than 6e-7, beyond eight 3e-6.
+        For a model that never heard too low a sigma in training it was 2e-5 and 2e-4: its
+        gradient is steeper.
         """
-        return min(self.receptive_radius, 10 * self.multiple)
+        return None if self.norm == "group" else min(self.receptive_radius, 10 * self.multiple)
 
 
 class Normalised:
     """A noisy picture at unit scale, and the way back.
 
     z = (y - 1/2) / tau, (B, C, H', W'), padded with zeros to multiples of
-    ``multiple``; sigma and tau are (B or 1, 1, 1, 1).
+    ``multiple``; sigma and tau are (B or 1, 1, 1, 1), tau^2 = sigma^2 + s0^2.
     """
 
     def __init__(self, y: Tensor, sigma: Tensor | float, multiple: int):
@@ -170,30 +158,19 @@ class Normalised:
         pad = [-n % multiple for n in y.shape[-2:]]
         self.z = F.pad(z, (0, pad[1], 0, pad[0])) if any(pad) else z
 
+    def cropped(self, g: Tensor) -> Tensor:
+        """(B, C, H', W') without the padding, in the dtype of y: (B, C, H, W)."""
+        return g[..., : self.y.shape[2], : self.y.shape[3]].to(self.y.dtype)
+
     def correction(self, g: Tensor, total: Tensor | float = 1.0) -> Tensor:
-        """sigma^2 score, like y, where the score's learnt part is g = grad_z(...) at unit scale."""
-        g = g[..., : self.y.shape[2], : self.y.shape[3]].to(self.y.dtype)
-        prior = total * (self.sigma / self.tau).square() * (self.y - 0.5)
-        return (self.sigma * PRIOR_STD / self.tau) * g - prior
+        """D_w - y = (sigma s0 / tau) g - W (sigma / tau)^2 (y - 1/2), like y.
 
-
-class Whole(NamedTuple):
-    """The picture that a tile is part of: a tile's own class scores are not those of it."""
-
-    cells: int  # positions of the last stage
-    posterior: Tensor  # p(c | picture), (K,)
-
-
-def posterior_of(logits: Tensor, whole: Whole | None) -> Tensor:
-    """p(c | picture), (B, K), by the class scores of it, or of the picture that these are from."""
-    return logits.softmax(1) if whole is None else per_class(whole.posterior, logits)
-
-
-def resolved(mixture: Mixture, logits: Tensor, whole: Whole | None) -> Tensor:
-    """Class weights (B, K): given, computed from the class scores, or the posterior."""
-    if mixture is None:
-        return posterior_of(logits, whole)
-    return per_class(mixture(logits) if callable(mixture) else mixture, logits)
+        That is sigma^2 times the score. g: the learnt part G of it, a gradient by z,
+        (B, C, H', W'). total: W = sum_c w_c, (B, 1, 1, 1).
+        """
+        c_learnt = self.sigma * PRIOR_STD / self.tau
+        c_prior = total * (self.sigma / self.tau).square()
+        return c_learnt * self.cropped(g) - c_prior * (self.y - 0.5)
 
 
 def make_norm(config: NetConfig, width: int) -> nn.Module:
@@ -221,7 +198,10 @@ def make_blocks(config: NetConfig, width: int, count: int) -> list[nn.Module]:
 
 
 class Trunk(nn.Module):
-    """Encoder: noisy picture and noise level to the features of every stage."""
+    """Encoder: noisy picture and noise level to the features of every stage.
+
+    Below, s is the side of the folded squares, h and w are those of z over s.
+    """
 
     def __init__(self, config: NetConfig):
         super().__init__()
@@ -236,20 +216,20 @@ class Trunk(nn.Module):
 
     def folded(self, n: Normalised, dtype: torch.dtype | None) -> Tensor:
         """What the stem reads: squares of z as channels, then the noise level, then the ones."""
-        h = F.pixel_unshuffle(n.z, self.config.unshuffle)
+        h = F.pixel_unshuffle(n.z, self.config.unshuffle)  # (B, C s^2, h, w)
         # The noise level in the unit of z: the standard deviation of z's noise.
-        level = (n.sigma / n.tau).expand(h.shape[0], 1, *h.shape[-2:])
+        level = (n.sigma / n.tau).expand(h.shape[0], 1, *h.shape[-2:])  # (B, 1, h, w)
         weight = self.stem.weight.dtype
         dtype = dtype or (weight if weight in HALF else h.dtype)
         extra = [level, torch.ones_like(level)] if self.config.constant else [level]
-        h = torch.cat([h, *extra], 1).to(dtype)
+        h = torch.cat([h, *extra], 1).to(dtype)  # (B, C s^2 + 1 or 2, h, w)
         return h.contiguous(memory_format=torch.channels_last)
 
     def encode(self, n: Normalised, dtype: torch.dtype | None) -> Iterator[Tensor]:
         """Features of one stage after the other: no adjoint, hence less memory."""
-        h: Tensor = self.stem(self.folded(n, dtype))[0]
+        h: Tensor = self.stem(self.folded(n, dtype))[0]  # (B, widths[0], h, w)
         for stage in self.stages:
-            h = stage(h)[0]
+            h = stage(h)[0]  # (B, widths[i], h / 2^i, w / 2^i)
             yield h
 
     def forward(
@@ -257,11 +237,11 @@ class Trunk(nn.Module):
     ) -> tuple[list[Tensor], Callable[[list[Tensor | None]], Tensor]]:
         """Features of every stage, and the adjoint: a cotangent for each of them
         (None: zero) to the cotangent of z, (B, C, H', W'). It empties the list it is given."""
-        h, stem_adjoint = self.stem(self.folded(n, dtype))
+        h, stem_adjoint = self.stem(self.folded(n, dtype))  # (B, widths[0], h, w)
         features: list[Tensor] = []
         adjoints: list[Adjoint] = []
         for stage in self.stages:
-            h, adjoint = stage(h)
+            h, adjoint = stage(h)  # (B, widths[i], h / 2^i, w / 2^i)
             features.append(h)
             adjoints.append(adjoint)
 
@@ -274,17 +254,17 @@ class Trunk(nn.Module):
                 elif cotangent is not None:
                     g = g + cotangent
                 if g is not None:
-                    g = adjoints.pop()(g)
+                    g = adjoints.pop()(g)  # from (B, widths[i], ...) to (B, widths[i - 1], ...)
             assert g is not None, "the last stage always has a cotangent"
             pixels = self.config.channels * self.config.unshuffle**2
-            folded = stem_adjoint(g)[:, :pixels]  # not the noise level, nor the ones
+            folded = stem_adjoint(g)[:, :pixels]  # (B, C s^2, h, w): no noise level, no ones
             return F.pixel_shuffle(folded.to(n.z.dtype), self.config.unshuffle)
 
         return features, run
 
 
 class ClassHead(nn.Module):
-    """Class scores: norm, 1x1 convolution, activation, mean over the picture, linear map.
+    """Logits: norm, 1x1 convolution, activation, mean over the picture, linear map.
 
     The mean is taken in float32 or better, whatever the precision of the trunk.
     """
@@ -300,50 +280,76 @@ class ClassHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, h: Tensor, whole: Whole | None = None) -> tuple[Tensor, Adjoint]:
-        """(B, K) class scores, and the adjoint: (B, K) weights to a cotangent of h.
+        """(B, K) logits, and the adjoint: (B, K) weights to a cotangent of h.
 
         whole: the picture, if h is of a part of it: a mean over the picture has a smaller
         gradient than one over the part.
         """
-        top, adjoint = self.features(h)
-        logits = self.scores(top.to(stat_dtype(top)).mean((2, 3)))
+        top, adjoint = self.features(h)  # (B, F, h', w')
+        logits = self.logits_of(top.to(stat_dtype(top)).mean((2, 3)))
 
         def run(w: Tensor) -> Tensor:
             count = top.shape[2] * top.shape[3] if whole is None else whole.cells
-            g = (w @ self.linear.weight.to(w.dtype))[:, :, None, None] / count
+            g = (w @ self.linear.weight.to(w.dtype))[:, :, None, None] / count  # (B, F, 1, 1)
             return adjoint(g.to(top.dtype).expand_as(top))
 
         return logits, run
 
-    def scores(self, mean: Tensor) -> Tensor:
-        """(B, K) class scores of the mean features (B, F), as precise as the better of the
-        mean and the weights."""
+    def logits_of(self, mean: Tensor) -> Tensor:
+        """(..., K) logits from mean features (..., F), as precise as the better of the mean and
+        the weights."""
         weight, bias = self.linear.weight, self.linear.bias
         wide = torch.promote_types(mean.dtype, weight.dtype)
         return F.linear(mean.to(wide), weight.to(wide), bias.to(wide))
 
 
-class Network(nn.Module):
-    """What every architecture offers: a correction towards the clean picture, and class scores.
-
-    ``compute_dtype`` is the precision of the trunk (None: that of weights in half
-    precision, else that of the input); the input, the output, the class scores and
-    energies stay at the input's.
-    """
-
-    denoises: ClassVar[bool] = True
-    classifies: ClassVar[bool] = True
-    # Whether the score of p(y) itself passes through p(c | y): then a tile needs the class
-    # scores of its whole picture.
-    mixes: ClassVar[bool] = True
+class TrunkNetwork(Network):
+    """A network on a trunk."""
 
     def __init__(self, config: NetConfig):
-        super().__init__()
+        super().__init__(config.needs, config.num_classes)
         self.config = config
-        self.num_classes = config.num_classes
-        self.compute_dtype: torch.dtype | None = None
         self.trunk = Trunk(config)
+
+    def normalised(self, y: Tensor, sigma: Tensor | float) -> Normalised:
+        """What the trunk reads of a picture."""
+        return Normalised(y, sigma, self.config.multiple)
+
+    def adopted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a network without a channel of ones in its stem, too: it has no weight at first."""
+        adopted, key = dict(weights), "trunk.stem.weight"
+        if self.config.constant and key in adopted:
+            stem = adopted[key]  # (widths[0], C s^2 and noise level, 3, 3)
+            if stem.shape[1] == self.trunk.stem.weight.shape[1] - 1:
+                adopted[key] = torch.cat([stem, torch.zeros_like(stem[:, :1])], 1)
+        return adopted
+
+
+class Classifying(TrunkNetwork):
+    """A network with a class head on its trunk."""
+
+    def __init__(self, config: NetConfig):
+        super().__init__(config)
         self.head = ClassHead(config)
+
+    def class_features(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+        """Hidden layer of the head, (B, F, H' / multiple, W' / multiple), like y."""
+        for features in self.trunk.encode(self.normalised(y, sigma), self.compute_dtype):
+            last = features  # the others are let go
+        top: Tensor = self.head.features(last)[0]
+        return top.to(y.dtype)
+
+    def logits_of(self, mean_features: Tensor) -> Tensor:
+        """Logits, (..., K), from means of the class features, (..., F)."""
+        return self.head.logits_of(mean_features)
+
+    def logits(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+        """l_c, (B, K)."""
+        return self.logits_of(self.class_features(y, sigma).mean((2, 3)))
+
+
+class Correcting(TrunkNetwork, ABC):
+    """A network that denoises."""
 
     def correction(
         self,
@@ -352,39 +358,11 @@ class Network(nn.Module):
         mixture: Mixture = None,
         whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """sigma^2 sum_c w_c s_c(y), like y, and the class scores l_c, (B, K), in one pass.
+        """sigma^2 sum_c w_c s_c(y), like y, and the logits, (B, K): see `Corrector`."""
+        return self.corrected(self.normalised(y, sigma), mixture, whole)
 
-        y: (B, C, H, W) in [0, 1] plus noise. sigma: float or (B,), in [0, 1] pixel
-        units. mixture: weights w of class-conditional scores, (B, K) or (K,), or a
-        function that gives them from the class scores (None: the posterior, which
-        gives the unconditional score). whole: for a tile, the picture that it is part of.
-        """
-        raise TypeError(f"{type(self).__name__} does not define its correction")
-
-    def forward(
-        self, y: Tensor, sigma: Tensor | float, mixture: Mixture = None
+    @abstractmethod
+    def corrected(
+        self, n: Normalised, mixture: Mixture, whole: Whole | None
     ) -> tuple[Tensor, Tensor]:
-        """y + sigma^2 sum_c w_c s_c(y) (Tweedie's formula), like y, and the class scores."""
-        correction, logits = self.correction(y, sigma, mixture)
-        return y + correction, logits
-
-    def score(self, y: Tensor, sigma: Tensor | float, mixture: Tensor | None = None) -> Tensor:
-        """sum_c w_c s_c(y), like y, without autograd."""
-        variance = per_sample(sigma, y).clamp_min(MIN_SIGMA).square()
-        return self.correction(y, sigma, mixture)[0] / variance
-
-    def class_features(self, y: Tensor, sigma: Tensor | float) -> Tensor:
-        """What the class scores are a linear map of, after a mean over positions: (B, F, h, w)."""
-        n = Normalised(y, sigma, self.config.multiple)
-        for features in self.trunk.encode(n, self.compute_dtype):
-            last = features
-        top: Tensor = self.head.features(last)[0]
-        return top.to(y.dtype)
-
-    def logits(self, y: Tensor, sigma: Tensor | float) -> Tensor:
-        """Class scores l_c, (B, K): log p(c | y) up to a function of y.
-
-        They are exact where the joint density is not: beside its energy, of the order of
-        1 / sigma^2, the differences between classes drown in rounding.
-        """
-        return self.head.scores(self.class_features(y, sigma).mean((2, 3)))
+        """What ``correction`` gives."""

@@ -8,9 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cdnctl.errors import ConfigError
-from cdnctl.models import architecture
+from cdnctl.images import PEAK
+from cdnctl.models import Needs, architecture
 from cdnctl.schema import build
+
+CHANNELS = (1, 3)  # of training pictures: gray, or colour
 
 
 @dataclass(frozen=True)
@@ -138,17 +143,30 @@ def parse(raw: Mapping[str, Any]) -> TrainConfig:
             raise ConfigError(f"name is {value!r}, but must be text")
     parts: dict[str, Any] = {k: build(cls, raw.get(k, {}), k) for k, cls in sections.items()}
     model = {"arch": "gradresnet"} | dict(raw.get("model", {}))
-    shape = {k: v for k, v in model.items() if k != "arch"}
-    net = build(architecture(model["arch"]).config, shape, "model")
-    if getattr(net, "channels", 3) != 3:
-        raise ConfigError(f"model.channels is {net.channels}, but training pictures have 3")
     config = TrainConfig(name=raw.get("name", "model"), model=model, **parts)
+    channels = needs(config).channels
+    if channels not in CHANNELS:
+        raise ConfigError(
+            f"model.channels is {channels}, but training pictures have "
+            f"{' or '.join(map(str, CHANNELS))}"
+        )
     _check(config)
     return config
 
 
-def _check(c: TrainConfig) -> None:
-    for name, value, low, high in (
+def needs(config: TrainConfig) -> Needs:
+    """What the network of a config asks of its pictures; ConfigError if there cannot be one."""
+    arch = architecture(config.model["arch"])
+    shape = {k: v for k, v in config.model.items() if k != "arch"}
+    if arch.knows_classes:  # how many of them, the datasets say
+        shape = {"num_classes": 1} | shape
+    with torch.device("meta"):
+        return arch.module(build(arch.config, shape, "model")).needs
+
+
+def bounds(c: TrainConfig) -> tuple[tuple[str, float, float, float], ...]:
+    """Every number of a config with its name, and between what it must lie, ends included."""
+    return (
         ("data.patch", c.data.patch, 1, 4096),
         ("data.batch", c.data.batch, 1, 65536),
         ("data.labelled_share", c.data.labelled_share, 0, 1),
@@ -160,7 +178,7 @@ def _check(c: TrainConfig) -> None:
         ("data.patterns", c.data.patterns, 0, 1),
         ("data.holdout", c.data.holdout, 0, 10**9),
         ("noise.low", c.noise.low, 0, c.noise.high),
-        ("noise.high", c.noise.high, c.noise.low, 255),
+        ("noise.high", c.noise.high, c.noise.low, PEAK),
         ("noise.power", c.noise.power, 0, 100),
         ("noise.mismatch", c.noise.mismatch, 0, 1),
         ("noise.excess", c.noise.excess, 0, 1),
@@ -186,8 +204,12 @@ def _check(c: TrainConfig) -> None:
         ("run.log_every", c.run.log_every, 1, 10**9),
         ("run.validate_every", c.run.validate_every, 1, 10**9),
         ("run.checkpoint_every", c.run.checkpoint_every, 1, 10**9),
-        *(("run.validate_sigmas", s, 0, 255) for s in c.run.validate_sigmas),
-    ):
+        *(("run.validate_sigmas", s, 0, PEAK) for s in c.run.validate_sigmas),
+    )
+
+
+def _check(c: TrainConfig) -> None:
+    for name, value, low, high in bounds(c):
         if not low <= value <= high:
             raise ConfigError(f"{name} is {value}, but must lie between {low} and {high}")
     if c.optim.kind not in ("adamw", "muon"):

@@ -16,17 +16,12 @@ from torch import Tensor
 
 from cdnctl.checkpoints import Header
 from cdnctl.errors import SetupError
-from cdnctl.training.config import TrainConfig
-from cdnctl.training.data import Batches, Unread, load_datasets
-from cdnctl.training.loop import (
-    loss_and_gradients,
-    make_header,
-    make_model,
-    make_objective,
-    numerics,
-    train_step,
-)
+from cdnctl.training.batches import Batches
+from cdnctl.training.config import TrainConfig, needs
+from cdnctl.training.datasets import Unread, load_datasets
+from cdnctl.training.runs import class_names, make_header, make_model
 from cdnctl.training.state import TrainState
+from cdnctl.training.step import loss_and_gradients, make_objective, numerics, train_step
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.01, 0.05  # relative to float32
 
@@ -69,10 +64,10 @@ def probe(
     loaded: told of the picture files that cannot be read, as by `train`.
     """
     deadline = time.monotonic() + max_seconds
-    pictures, held = load_datasets(datasets, config.data, device)
+    pictures, held = load_datasets(datasets, config.data, device, channels=needs(config).channels)
     loaded((*pictures.unread, *held.unread))
     batches = Batches(pictures, config.data, config.noise, config.loss, config.run.seed)
-    header = make_header(config, pictures, datasets)
+    header = make_header(config, class_names(pictures), datasets)
     precisions = ["float32", *(["tf32"] if device.type == "cuda" else []), "bfloat16"]
     reference: list[tuple[Tensor, list[Tensor]]] = []
     trials: list[Trial] = []
@@ -123,7 +118,7 @@ def _measure(
     model = make_model(header, config, device)
     if trial.compile:
         torch.compiler.reset()  # forget the one before: its guards would be tried in vain
-    objective = make_objective(trial.compile)
+    objective = make_objective(config)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with numerics(config.run.precision, device) as model.compute_dtype:

@@ -10,23 +10,21 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from PIL import ImageDraw
-from torch import Tensor
 
 from cdnctl.checkpoints import MODEL, read_header
 from cdnctl.core.metrics import psnr
 from cdnctl.errors import ConfigError, UsageError, WeightsError
+from cdnctl.images import from_unit
 from cdnctl.training.config import TrainConfig, parse
+from cdnctl.training.runs import CONFIG, PASSED_OVER, RESULTS
 from cdnctl.training.state import STATE, read_run
+from cdnctl.training.validation import Samples
 
-CONFIG = "config.json"  # what the run was started with
-RESULTS = "results.csv"  # a row a report
-PASSED_OVER = "passed_over.txt"  # picture files that cannot be read, and why
 CURVES = "curves.png"
 SAMPLES = "samples"  # folder of a sheet a validation
 CELL, GAP = 96, 4  # pixels: smallest side of a picture on a sheet, and space between two
@@ -44,16 +42,6 @@ _FILES = {
 
 
 # -- sample pictures -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A few held-out pictures at a validation, on the host."""
-
-    clean: Tensor  # (N, 3, p, p) in [0, 1]
-    noisy: Tensor  # (S, N, 3, p, p), of each noise level; not clipped, nor is the next
-    denoised: Tensor  # like noisy
-    sigmas: tuple[float, ...]  # S of them, 0..255
 
 
 def sheet(samples: Samples) -> bytes:
@@ -75,10 +63,11 @@ def sheet(samples: Samples) -> bytes:
     draw = ImageDraw.Draw(picture)
     for x, (heading, column) in enumerate(zip(headings, columns, strict=True)):
         draw.text((x * step + 2, 2), heading, fill="black")
-        levels = np.rint(column.clamp(0, 1).numpy() * 255).astype(np.uint8)
+        levels = from_unit(column.numpy(), np.dtype(np.uint8))
         for y, pixels in enumerate(levels.transpose(0, 2, 3, 1)):
             large = pixels.repeat(factor, 0).repeat(factor, 1)
-            picture.paste(PIL.Image.fromarray(large), (x * step, head + y * step))
+            shown = large if large.shape[2] == 3 else large[:, :, 0]
+            picture.paste(PIL.Image.fromarray(shown), (x * step, head + y * step))
     data = io.BytesIO()
     picture.save(data, "PNG")
     return data.getvalue()

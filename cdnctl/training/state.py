@@ -12,7 +12,7 @@ import math
 import re
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +165,11 @@ class TrainState:
         self._looked = self.step
         return float(norm)
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+    def save(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write to files of at most 16 MiB in a folder; what was there before is then removed.
 
         The names hold the step, so until the last file is there the earlier state is whole.
-        extra: what else `read_run` shall give.
+        about: what else `read_run` shall give.
         """
         parameters = dict(self.model.named_parameters())
         tensors = {f"model.{k}": p.detach() for k, p in parameters.items()}
@@ -186,7 +186,7 @@ class TrainState:
             "best": self.best,
         }
         # The number of the set tells two states of the same step apart.
-        metadata = {"run": json.dumps(extra | {"state": scalars}), "set": secrets.token_hex(8)}
+        metadata = {"run": json.dumps({**about, "state": scalars}), "set": secrets.token_hex(8)}
         shards = _shards({k: v.cpu().contiguous() for k, v in tensors.items()})
         old = set(folder.glob("state*.safetensors"))
         for i, shard in enumerate(shards, 1):

@@ -19,167 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from cdnctl import images
-from cdnctl.errors import ImageError, OutputExistsError, UsageError
+from cdnctl.errors import ImageError, OutputExistsError
 from cdnctl.images import Image
-from cdnctl.manifest import Manifest, Origin, changed, digest
-from cdnctl.restore import (
-    Level,
-    Restored,
-    Settings,
-    batch_size,
-    noise_level,
-    on_own_scale,
-    on_unit_scale,
-    restore,
-    restore_batch,
-)
+from cdnctl.restore.denoise import Restored, restore, restore_batch
+from cdnctl.restore.levels import Level, noise_level
+from cdnctl.restore.manifest import Manifest, Origin, changed, digest
+from cdnctl.restore.plan import Job, same_file
+from cdnctl.restore.samples import on_own_scale, on_unit_scale
+from cdnctl.restore.settings import Settings
+from cdnctl.restore.view import batch_size
 from cdnctl.selection import AUTO, Models
 
 HELD_PIXELS = 32_000_000  # decoded pictures that wait for the network or the disk
 LARGE_PIXELS = HELD_PIXELS // 8  # of such pictures, only one is read ahead
 AHEAD = 16  # files read ahead of the network
 WAITING = 128  # small pictures that wait for others of their size
-
-
-@dataclass(frozen=True)
-class Job:
-    """One file to restore and where it goes."""
-
-    source: Path
-    output: Path
-
-
-def find_pictures(folder: Path, recursive: bool) -> list[Path]:
-    """Picture files of a folder, sorted; hidden files and folders are left out.
-
-    Symbolic links are followed to files, not to folders. A folder inside that cannot be looked
-    into is in the list itself, so that it is heard of when it is read.
-    """
-    found, folders = [], [folder]
-    while folders:
-        place = folders.pop()
-        try:
-            entries = list(os.scandir(place))
-        except OSError:
-            if place == folder:
-                raise
-            found.append(place)
-            continue
-        for entry in entries:
-            path = place / entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                folders += [path] if recursive else []
-            elif images.is_image_path(path) and not os.path.isdir(path):
-                found.append(path)
-    return sorted(found)
-
-
-def expand(inputs: Sequence[Path], recursive: bool) -> list[Path]:
-    """Files, and the pictures of folders, in order. UsageError for what is not there."""
-    files: list[Path] = []
-    for source in inputs:
-        if not source.exists():
-            raise UsageError(f"no such file or folder: {str(source)!r}")
-        found = find_pictures(source, recursive) if source.is_dir() else [source]
-        if not found:
-            hint = "" if recursive else " (-r looks into its folders)"
-            raise UsageError(f"no pictures in {str(source)!r}{hint}")
-        files += found
-    return files
-
-
-def default_output(source: Path) -> Path:
-    """photo.png -> photo_denoised.png, beside it; formats that cannot be written become PNG."""
-    suffix = source.suffix if source.suffix.lower() in images.WRITE_SUFFIXES else ".png"
-    return source.with_name(f"{source.stem}_denoised{suffix}")
-
-
-def plan(
-    sources: Sequence[Path], output: Path | None, recursive: bool, into: bool = False
-) -> list[Job]:
-    """Map inputs to outputs before any work is done.
-
-    A single file goes to ``output`` (a file, or into it if it is a folder, there already or
-    with ``into`` still to be made) or beside itself; a folder needs an ``output`` folder and is
-    mirrored there. UsageError if an input is missing, two would share an output, or one would
-    be overwritten.
-    """
-    jobs: list[Job] = []
-    for source in sources:
-        if source.is_dir():
-            if output is None:
-                raise UsageError(f"{str(source)!r} is a folder: say where to with -o FOLDER")
-            found = _without(expand([source], recursive), source, output)
-            jobs += [Job(p, _writable(output / p.relative_to(source))) for p in found]
-        elif not source.exists():
-            raise UsageError(f"no such file or folder: {str(source)!r}")
-        elif output is None:
-            jobs.append(Job(source, default_output(source)))
-        elif into or output.is_dir() or len(sources) > 1:
-            jobs.append(Job(source, _writable(output / source.name)))
-        else:
-            check_suffix(output)
-            jobs.append(Job(source, output))
-    _check_clashes(jobs)
-    return jobs
-
-
-def check_suffix(output: Path) -> None:
-    """UsageError if a file of this name cannot be written."""
-    if output.suffix.lower() not in images.WRITE_SUFFIXES:
-        known = ", ".join(sorted(images.WRITE_SUFFIXES))
-        raise UsageError(f"cannot write {str(output)!r}: its suffix must be one of {known}")
-
-
-def _writable(path: Path) -> Path:
-    if path.suffix.lower() in images.WRITE_SUFFIXES:
-        return path
-    return path.with_name(path.name + ".png")
-
-
-def _without(files: list[Path], source: Path, output: Path) -> list[Path]:
-    """The files of a folder, but for what an earlier run wrote into a folder inside of it."""
-    place = output.resolve()
-    if source.resolve() not in place.parents:
-        return files
-    rest = [p for p in files if not p.parent.resolve().is_relative_to(place)]
-    if not rest:
-        raise UsageError(f"no pictures in {str(source)!r} but those in {str(output)!r}")
-    return rest
-
-
-def same_file(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file, there or not."""
-    try:
-        return _key(a) == _key(b) or a.samefile(b)
-    except OSError:  # one of them is not there
-        return False
-
-
-def _key(path: Path) -> str:
-    return os.path.normcase(os.path.realpath(path))
-
-
-def _check_clashes(jobs: Sequence[Job]) -> None:
-    sources = {_key(job.source): job.source for job in jobs}
-    taken: dict[str, Path] = {}
-    for job in jobs:
-        key = _key(job.output)
-        if same_file(job.output, job.source):
-            raise UsageError(f"{str(job.source)!r} would overwrite itself: choose another output")
-        if key in sources:
-            raise UsageError(
-                f"{str(job.source)!r} would overwrite the input {str(sources[key])!r}: "
-                "choose another output, or leave one of them out"
-            )
-        if key in taken:
-            raise UsageError(
-                f"{str(taken[key])!r} and {str(job.source)!r} would both be written to "
-                f"{str(job.output)!r}: rename one, or run them separately"
-            )
-        taken[key] = job.source
 
 
 def count_pixels(jobs: Sequence[Job]) -> dict[Job, int]:

@@ -13,27 +13,18 @@ and is some pixels wide. Three facts tell it from what the picture shows:
   tell, the level comes out too low rather than too high.
 
 Colours are turned to axes at right angles, luma (1, 1, 1) and two of chroma, so that white noise
-has the same level on each. Levels are standard deviations in [0, 1] pixel units.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cdnctl.images import PEAK
+from cdnctl.restore.noise import AXES, OCTAVES, Array, Noise
 
-Array = NDArray[np.floating[Any]]
-
-AXES: Array = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
-"""Rows: the axes of luma and chroma, of length 1."""
-
-OCTAVES = 4
 _BLOCK = 8
 _NODES = 9  # of the curve over tones
 # Shares of clipped pixels from which a block is not measured: the second, which loses a tenth of
@@ -48,134 +39,6 @@ _TEXTURE = 0.1  # weight of what lies above the curve against what lies below
 _GROWTH = ((1.25, 1.1), (3.0, 3.0, 2.0))
 _CHANCE = 0.1  # logarithm of variance that noise differs by from block to block by chance
 _WHITE = 1.25  # most by which two octaves, or axes, of white noise seem to differ
-
-
-@dataclass(frozen=True)
-class Noise:
-    """A noise model. Noise of tone t on axis c has the level ``curve(t) * levels[c][0]``.
-
-    tones, shape: a curve over tones in [0, 1], relative: its mean square over the picture is 1.
-    levels: by axis (one for gray, three for colour) and octave: the level that white noise would
-    have that is as strong in this octave; equal for white noise. Octave j holds what squares of
-    2^j pixels still show and of 2^(j+1) no longer.
-    confidence: 0 (cannot be told from texture) to 1.
-    """
-
-    tones: tuple[float, ...]
-    shape: tuple[float, ...]
-    levels: tuple[tuple[float, ...], ...]
-    confidence: float
-    measured: bool = True  # False: there was too little to measure by
-
-    @staticmethod
-    def white(sigma: float, channels: int = 3) -> Noise:
-        """White noise of one level."""
-        return Noise((0.0, 1.0), (1.0, 1.0), ((sigma,) * OCTAVES,) * channels, 1.0)
-
-    @property
-    def octaves(self) -> Array:
-        """``levels`` as an array (axes, octaves)."""
-        return np.array(self.levels)
-
-    @property
-    def sigma(self) -> float:
-        """Standard deviation of the noise of a pixel, mean square over tones and channels."""
-        return float(np.sqrt(np.mean(_total(self.octaves) ** 2)))
-
-    @property
-    def grain(self) -> float:
-        """Width of the grain of luma in pixels: 1 for white noise.
-
-        The square root of the area over which noise is alike: averaging over n x n pixels
-        with n much greater than ``grain`` leaves grain / n of the noise.
-        """
-        luma = self.octaves[0]
-        total = float(_total(luma[None])[0])
-        # The coarsest octave is the least certain; a grain of four pixels is in the third.
-        return max(1.0, float(luma[-2]) / total) if total > 0 else 1.0
-
-    @property
-    def chroma(self) -> float:
-        """Level of chroma over that of luma, 1 for white noise and for gray pictures."""
-        total = _total(self.octaves)
-        if len(total) == 1 or total[0] == 0:
-            return 1.0
-        return float(np.sqrt(np.mean(total[1:] ** 2)) / total[0])
-
-    @property
-    def told(self) -> float:
-        """Level to tell a denoiser of white noise, whatever the confidence.
-
-        Grain hides from it unless it is told what luma has in the octave of two pixels, where
-        cameras leave most of their noise. That is sigma for white noise.
-        """
-        return float(self.octaves[0, 1])
-
-    def curve(self, tone: Array | float) -> Array:
-        """Relative level at tones in [0, 1], like ``tone``; constant beyond the ends."""
-        relative: Array = np.asarray(np.interp(tone, self.tones, self.shape))
-        return relative
-
-    @property
-    def safe(self) -> float:
-        """Level to tell a denoiser of white noise: less where it may be texture."""
-        return self.confidence * self.told
-
-    @property
-    def is_white(self) -> bool:
-        """Whether white noise of one level describes it well enough."""
-        return bool(self.octaves.max() <= 1.01 * self.octaves.min())
-
-    def summary(self) -> str:
-        """In words, on the scale up to 255."""
-        if PEAK * self.sigma < 0.3:
-            return "no noise to speak of"
-        dark, light = (PEAK * self.sigma * self.shape[end] for end in (0, -1))
-        unsure = "" if self.confidence >= 0.5 else ", unsure: may be texture"
-        if self.is_white:
-            return f"white noise, sigma {PEAK * self.sigma:.3g}{unsure}"
-        words = [
-            f"sigma {dark:.2g} in shadows to {light:.2g} in lights",
-            f"grain {self.grain:.1f} px",
-        ]
-        if len(self.levels) > 1:
-            words.append(f"chroma {self.chroma:.1f} x luma")
-        return "camera noise: " + ", ".join(words) + unsure
-
-    def to_json(self) -> str:
-        """As a JSON object."""
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> Noise:
-        """What `to_json` wrote. ValueError, in a sentence, if it is anything else."""
-        try:
-            fields = json.loads(text)
-            numbers = {k: tuple(float(x) for x in fields[k]) for k in ("tones", "shape")}
-            levels = tuple(tuple(float(x) for x in row) for row in fields["levels"])
-            sure = float(fields["confidence"])
-            noise = Noise(numbers["tones"], numbers["shape"], levels, sure)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"not a noise profile: {error}") from None
-        values = [*noise.tones, *noise.shape, *(x for row in levels for x in row)]
-        if (
-            not np.isfinite([*values, noise.confidence]).all()
-            or min(values) < 0
-            or len(noise.tones) != len(noise.shape)
-            or len({len(row) for row in levels}) != 1
-            or len(levels) not in (1, 3)
-            or list(noise.tones) != sorted(set(noise.tones))
-        ):
-            raise ValueError("not a noise profile: its numbers do not fit together")
-        return noise
-
-
-def _total(octaves: Array) -> Array:
-    """Level of a pixel's noise from those of its octaves, (axes, octaves) to (axes,): an octave
-    of white noise holds three quarters of what is left, the last one all."""
-    share = 0.75 * 0.25 ** np.arange(octaves.shape[-1])
-    share[-1] /= 0.75
-    return np.sqrt((octaves**2 * share).sum(-1))
 
 
 def halved(pixels: Array) -> Array:

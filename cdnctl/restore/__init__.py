@@ -1,0 +1,67 @@
+"""Pictures restored to pictures.
+
+::
+
+    a file ──plan──▶ job ──batch──▶ many files, manifest
+    Image  ──denoise──▶ Image: what its noise is (levels), as the network sees it (view),
+                        what it shows (classes)
+
+Imports point to the left: ``samples``, ``noise`` and ``measuring`` (what noise a picture holds),
+``levels`` (how strong it is), ``tiles`` and ``scale`` (arithmetic of sizes), ``view`` (a picture
+as the network sees it), ``settings``, ``classes`` (what it shows), ``denoise``; beside these
+``plan`` (which file goes where) and ``manifest`` (what was done); ``batch`` (many files) above
+all.
+
+The names of the Python API are here; what is for many files is in ``plan`` and ``batch``.
+"""
+
+from cdnctl.restore.classes import (
+    Classified,
+    at_class_scale,
+    choose_class,
+    class_change,
+    class_mixture,
+    classify,
+    ranked,
+)
+from cdnctl.restore.denoise import Restored, moved, restore, restore_batch, whole_place
+from cdnctl.restore.levels import Level, estimate_sigma, noise_level
+from cdnctl.restore.samples import on_own_scale, on_unit_scale
+from cdnctl.restore.settings import Settings
+from cdnctl.restore.view import (
+    OutOfMemory,
+    View,
+    batch_size,
+    check_channels,
+    default_tile,
+    memory_errors,
+    out_of_memory,
+)
+
+__all__ = [
+    "Classified",
+    "Level",
+    "OutOfMemory",
+    "Restored",
+    "Settings",
+    "View",
+    "at_class_scale",
+    "batch_size",
+    "check_channels",
+    "choose_class",
+    "class_change",
+    "class_mixture",
+    "classify",
+    "default_tile",
+    "estimate_sigma",
+    "memory_errors",
+    "moved",
+    "noise_level",
+    "on_own_scale",
+    "on_unit_scale",
+    "out_of_memory",
+    "ranked",
+    "restore",
+    "restore_batch",
+    "whole_place",
+]

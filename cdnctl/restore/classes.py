@@ -1,0 +1,117 @@
+"""What a picture shows, and what telling a class changes in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cdnctl.api import Model
+from cdnctl.core.joint import HasPosterior
+from cdnctl.images import Image
+from cdnctl.restore import tiles
+from cdnctl.restore.levels import noise_level
+from cdnctl.restore.scale import Shrink
+from cdnctl.restore.settings import AUTO, Settings
+from cdnctl.restore.view import View, default_tile, memory_errors
+
+
+@dataclass(frozen=True)
+class Classified:
+    """What a picture shows, and how it was looked at."""
+
+    posterior: Mapping[str, float]  # p(c | picture), most probable class first
+    sigma: float  # noise level of the picture, in [0, 1] pixel units
+    factor: float  # how many of its pixels became one along an axis, at least 1
+    size: tuple[int, int]  # height and width that the network saw
+
+
+def class_mixture(model: Model, settings: Settings, logits: Tensor) -> Tensor:
+    """Mixture w with D_w = D + guidance (D_target - D), (K,): the whole choice of classes
+    is one mixture, because D = sum_c p(c | y) D_c."""
+    p = logits.softmax(0)
+    if settings.target is None:
+        return p
+    if settings.target == AUTO:
+        target: Tensor | None = torch.nn.functional.one_hot(p.argmax(), len(p)).to(p.dtype)
+    else:
+        target = model.mixture(settings.target)
+    assert target is not None
+    return p + settings.guidance * (target - p)
+
+
+def at_class_scale(view: View, tile: int | None = None) -> View:
+    """The picture at the size at which its class scores are taken: itself, or a smaller copy
+    with the noise that is left in it, if it is larger than the crops of the training."""
+    shrink = Shrink(view.height, view.width, view.model.header.patch)
+    if shrink.factor == 1:
+        return view
+    # A gray picture has one channel here. Averages of coloured noise may look gray, too, but
+    # only where so little of it is left that the factor of sqrt(3) does not matter.
+    small = shrink.samples(view.pixels)
+    return View(view.model, small, view.sigma * shrink.noise, tile)
+
+
+def choose_class(view: View, settings: Settings) -> tuple[Settings, Tensor | None]:
+    """Settings with the most probable class in the place of "auto", and the class scores that
+    say so; the settings as they are, and None, if those come with the view's correction."""
+    small = at_class_scale(view)
+    if not isinstance(view.model.module, HasPosterior) or (small is view and len(view.tiles) == 1):
+        return settings, None
+    logits = small.logits()
+    if settings.target == AUTO:
+        best = view.model.classes[int(logits.argmax())]
+        settings = replace(settings, target={best: 1.0})
+    return settings, logits
+
+
+def ranked(model: Model, logits: Tensor) -> dict[str, float]:
+    """Posterior by class name, most probable first; empty if the model does not classify."""
+    if not isinstance(model.module, HasPosterior):
+        return {}
+    p = logits.double().softmax(0)
+    return {model.classes[i]: float(p[i]) for i in p.argsort(descending=True).tolist()}
+
+
+def class_change(view: View, logits: Tensor, settings: Settings) -> float:
+    """Root mean square, in [0, 1] pixel units, of what the told class changes in a restored
+    picture before it is clipped and rounded: strength guidance (D_target - D).
+
+    Of a view of several tiles that in the one in the middle. logits: of the whole picture, (K,).
+    """
+    shift = class_shift(view.model, logits, settings)
+    middle = next(
+        tile
+        for tile in view.tiles
+        if tile.place[0].stop > view.height // 2 and tile.place[1].stop > view.width // 2
+    )
+    results = tiles.run(lambda y: view.correct(y, shift), view.read, [middle], view.model.device)
+    ((rows, columns), change), *_ = results
+    inside = change[:, : view.height - rows.start, : view.width - columns.start]
+    return settings.strength * rms(inside)
+
+
+def class_shift(model: Model, logits: Tensor, settings: Settings) -> Tensor:
+    """The mixture, (K,), that gives what the told class changes. The correction is linear in
+    it: with one that sums to zero, one pass gives the difference of two."""
+    return class_mixture(model, settings, logits) - logits.softmax(0)
+
+
+def rms(values: Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
+
+
+@torch.no_grad()
+def classify(image: Image, model: Model, sigma: float | None = None) -> Classified:
+    """Posterior over classes of one picture, at the scale of the training."""
+    model.classifier()
+    sigma = noise_level(image.samples, image.alpha, sigma).sigma
+    tile = default_tile(model, None)
+    view = View(model, image.samples, sigma, tile)
+    small = at_class_scale(view, tile)
+    with memory_errors(small):
+        posterior = ranked(model, small.logits())
+    factor = min(view.height, view.width) / min(small.height, small.width)
+    return Classified(posterior, sigma, factor, (small.height, small.width))

@@ -1,0 +1,278 @@
+"""Denoising pictures: one Image to another, in tiles if it is large, together if it is small."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdnctl import images
+from cdnctl.api import Model
+from cdnctl.core.joint import HasPosterior
+from cdnctl.core.noise import ends, unclipped
+from cdnctl.errors import ImageError, UsageError
+from cdnctl.images import Image
+from cdnctl.restore import tiles
+from cdnctl.restore.classes import (
+    choose_class,
+    class_change,
+    class_mixture,
+    class_shift,
+    ranked,
+    rms,
+)
+from cdnctl.restore.levels import Level, noise_level
+from cdnctl.restore.samples import is_bilevel, sample_step
+from cdnctl.restore.settings import Settings
+from cdnctl.restore.view import OutOfMemory, View, batch_size, default_tile, memory_errors
+
+END_WINDOW = 9  # pixels, see `core.noise.ends`
+TOLD = 0.001  # share of a picture from which it is said that the model was held back
+# Side of the tile that stands for a large picture when what the class changes is measured:
+# half a second at most, where a second pass over all of it would nearly double the time.
+CLASS_TILE = 512
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A restored picture and what was found on the way."""
+
+    image: Image
+    sigma: float  # noise level used, in [0, 1] pixel units
+    told: float  # what the network was told: more than sigma for gray pictures
+    posterior: Mapping[str, float]  # p(c | picture), most probable class first
+    held: float = 0.0  # share of the pixels where the model was held back, see core.guard
+    class_change: float | None = None  # see the function of that name; None: no class was told
+
+    def __repr__(self) -> str:
+        best = [f"{name} {p:.1%}" for name, p in list(self.posterior.items())[:1]]
+        return f"Restored({', '.join([repr(self.image), f'sigma {self.sigma:.4g}', *best])})"
+
+
+def _left_alone(image: Image) -> Restored:
+    note = "every sample is black or white: left as it is"
+    return Restored(replace(image, notes=(*image.notes, note)), 0.0, 0.0, {})
+
+
+@torch.no_grad()
+def restore(
+    image: Image,
+    model: Model,
+    settings: Settings,
+    watch: Callable[[float], None] = lambda share: None,
+    level: Level | None = None,
+) -> Restored:
+    """Denoise one picture. Size, depth, alpha and metadata are those of ``image``.
+
+    level: of its noise, if it was measured before. watch: told the share of the work that is
+    done, now and then. ImageError if memory does not suffice; without a ``settings.tile``
+    smaller tiles are tried first.
+    """
+    _check_model(model, settings)
+    if batch_size(*image.samples.shape[:2]) > 1:
+        return restore_batch([image], model, settings, None if level is None else [level])[0]
+    if is_bilevel(image.samples):
+        return _left_alone(image)
+    level = level or noise_level(image.samples, image.alpha, settings.sigma)
+    tile = settings.tile or default_tile(model, settings.memory)
+    view = View(model, image.samples, level, tile, watch)
+    need = view.area * model.needs.bytes_per_pixel
+    if settings.memory is not None and not settings.tile and need > settings.memory:
+        raise ImageError(
+            f"--memory allows {settings.memory / 1e6:.0f} MB, but the smallest tiles that are "
+            f"worth while take {need / 1e6:.0f} MB: allow more, or give --tile"
+        )
+    while True:
+        try:
+            with memory_errors(view):
+                settings, shrunk = choose_class(view, settings)
+                samples = _blend(image, view, settings)
+            break
+        except OutOfMemory:
+            if settings.tile:
+                raise
+            smaller = View(model, image.samples, level, math.isqrt(view.area) * 3 // 4, watch)
+            if smaller.area == view.area:
+                raise
+            view = smaller
+    held, change = view.held, None
+    found = ranked(model, view.logits() if shrunk is None else shrunk)
+    if settings.target is not None:
+        logits = view.logits()
+        if view.area > CLASS_TILE**2:
+            view = View(model, image.samples, level, CLASS_TILE, logits=logits)
+        with memory_errors(view):
+            change = class_change(view, logits, settings)
+    result = _noted(image.with_samples(samples), level, held, settings.sigma is not None)
+    return Restored(result, level.sigma, view.told, found, held, change)
+
+
+def _noted(image: Image, level: Level, held: float, told: bool) -> Image:
+    """A restored picture with remarks on what should not go unsaid. told: of its sigma."""
+    notes = []
+    if held > TOLD:
+        share = f"{held:.0%}" if held >= 0.01 else "less than 1%"
+        why = "sigma may be too low, or " if told else ""
+        notes.append(
+            f"held back on {share} of the picture, where the model would change more than such "
+            f"noise can: {why}it does not know such pictures"
+        )
+    noise = level.noise
+    if noise is not None and noise.confidence < 0.5 and noise.told > 1 / images.PEAK:
+        notes.append("unsure what is noise and what texture: give --sigma to take out more")
+    return replace(image, notes=(*image.notes, *notes)) if notes else image
+
+
+def _blend(image: Image, view: View, settings: Settings) -> np.ndarray:
+    """Samples of the restored picture."""
+    choose = partial(class_mixture, view.model, settings) if settings.target else None
+    places, _ = view.stream(choose)
+    result = np.empty_like(image.samples)
+    for place, correction in places:
+        result[place] = _step(image.samples, place, correction, view.sigma, settings.strength)
+    return result
+
+
+def moved(
+    samples: np.ndarray,
+    place: tiles.Box,
+    correction: np.ndarray,
+    sigma: float,
+    strength: float = 1.0,
+) -> np.ndarray:
+    """A place of samples (H, W, C) of any dtype, moved along its correction (h, w, C) as far as
+    ``strength`` says: float32 in [0, 1] pixel units, not clipped.
+
+    Whole numbers hold clipped noise, whose effect on blacks and whites is undone.
+    """
+    if not np.isfinite(correction).all():
+        raise ImageError("the network gave numbers that are not finite; check --sigma and --model")
+    y = images.to_unit(samples[place])
+    x = y + correction
+    if samples.dtype.kind == "u" and sigma > 0:
+        # A place of a picture is treated as the picture is: its surroundings are looked at.
+        around, inside = _with_halo(place, samples.shape[:2])
+        low, high = ends(images.to_unit(samples[around]), END_WINDOW)
+        step = sample_step(samples.dtype)
+        # What was held back altogether is no mean of anything.
+        changed = (correction != 0).any(-1, keepdims=True)
+        x = np.where(changed, unclipped(x, sigma, (low[inside], high[inside]), step), y)
+    return y + np.float32(strength) * (x - y)
+
+
+def _step(
+    samples: np.ndarray, place: tiles.Box, correction: np.ndarray, sigma: float, strength: float
+) -> np.ndarray:
+    """What `moved` gives, in the dtype of the samples."""
+    if strength == 0:
+        return samples[place]
+    return images.from_unit(moved(samples, place, correction, sigma, strength), samples.dtype)
+
+
+def whole_place(samples: np.ndarray) -> tiles.Box:
+    """The place that is the whole of (H, W, C)."""
+    return slice(0, samples.shape[0]), slice(0, samples.shape[1])
+
+
+def _with_halo(place: tiles.Box, size: tuple[int, ...]) -> tuple[tiles.Box, tiles.Box]:
+    """A place with what `ends` looks at around it, and the place within that."""
+    halo = END_WINDOW // 2
+    around, inside = [], []
+    for part, length in zip(place, size, strict=True):
+        start, stop = max(0, part.start - halo), min(length, part.stop + halo)
+        around.append(slice(start, stop))
+        inside.append(slice(part.start - start, part.stop - start))
+    return (around[0], around[1]), (inside[0], inside[1])
+
+
+def _check_model(model: Model, settings: Settings) -> None:
+    """UsageError for what the model cannot do."""
+    model.corrector()
+    if settings.target is not None and not isinstance(model.module, HasPosterior):
+        raise UsageError(
+            f"model {model.name!r} ({model.header.arch}) knows no classes: leave --class out"
+        )
+
+
+@torch.no_grad()
+def restore_batch(
+    pictures: Sequence[Image],
+    model: Model,
+    settings: Settings,
+    levels: Sequence[Level] | None = None,
+) -> list[Restored]:
+    """Denoise small pictures of one shape (H, W, C) together; each as `restore` does.
+
+    At most `batch_size` of them. levels: of their noise, if it was measured before.
+    """
+    _check_model(model, settings)
+    levels = levels or [noise_level(p.samples, p.alpha, settings.sigma) for p in pictures]
+    views = [View(model, p.samples, level) for p, level in zip(pictures, levels, strict=True)]
+    first = views[0]
+    count = batch_size(first.height, first.width)
+    box = first.tiles[0].read
+    y = torch.zeros(count, model.needs.channels, box[0].stop, box[1].stop)
+    told = torch.ones(count)
+    for i, view in enumerate(views):
+        y[i], told[i] = view.repeated(view.read(box)[None])[0], view.told
+
+    def chosen(logits: Tensor) -> Tensor:
+        chosen = [
+            class_mixture(model, choice, scores)
+            for scores, (choice, _) in zip(logits.cpu(), choices, strict=True)
+        ]
+        return torch.stack(chosen).to(logits.device)
+
+    with memory_errors(first):
+        choices = [choose_class(view, settings) for view in views]
+        choices += [(settings, None)] * (count - len(views))  # for what fills the batch up
+        correction, found = model.corrector().correction(
+            y.to(model.device), told.to(model.device), chosen if settings.target else None
+        )
+    found = found.cpu()
+    steps = [
+        view.placed(view.accepted(view.read(box)[None], part[None].cpu())[0])
+        for view, part in zip(views, correction, strict=False)
+    ]
+    shares = [view.held for view in views]
+    changes: list[float | None] = [None] * len(views)
+    if settings.target is not None:
+        shifts = torch.stack(
+            [class_shift(model, scores, c) for scores, (c, _) in zip(found, choices, strict=True)]
+        )
+        with memory_errors(first):
+            shifted, _ = model.corrector().correction(
+                y.to(model.device), told.to(model.device), shifts.to(model.device)
+            )
+        changes = [
+            settings.strength * rms(view.averaged(part[None])[..., : first.height, : first.width])
+            for view, part in zip(views, shifted.cpu(), strict=False)
+        ]
+    everything = whole_place(first.pixels)
+    return [
+        _left_alone(picture)
+        if is_bilevel(picture.samples)
+        else Restored(
+            _noted(
+                picture.with_samples(
+                    _step(picture.samples, everything, step, view.sigma, settings.strength)
+                ),
+                view.level,
+                held,
+                settings.sigma is not None,
+            ),
+            view.sigma,
+            view.told,
+            ranked(model, scores if shrunk is None else shrunk),
+            held,
+            change,
+        )
+        for picture, view, step, scores, (_, shrunk), held, change in zip(
+            pictures, views, steps, found, choices, shares, changes, strict=False
+        )
+    ]

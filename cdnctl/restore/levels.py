@@ -1,0 +1,87 @@
+"""How strong the noise of a picture is: told, or measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cdnctl import images
+from cdnctl.restore.measuring import measure, sampled
+from cdnctl.restore.noise import Noise
+from cdnctl.restore.samples import is_gray
+
+MEASURABLE = 64  # shorter side of a picture from which its noise is told apart from texture
+
+
+@dataclass(frozen=True)
+class Level:
+    """How strong the noise of a picture is: told, or measured."""
+
+    sigma: float  # of white noise, as the network is told it, in [0, 1] pixel units
+    noise: Noise | None = None  # what was measured: a change is held to it
+
+
+def estimate_sigma(pixels: np.ndarray, alpha: np.ndarray | None = None) -> float:
+    """Standard deviation of the noise in pixels (H, W, C), in [0, 1] pixel units, by
+    scikit-image's wavelet estimator (Donoho and Johnstone 1994), averaged over channels.
+
+    Any dtype, see `images.to_unit`. Large pictures are judged by a sample of them, and not by
+    what alpha (H, W) hides. 0 for pictures too small or too flat to tell; at most 1, which
+    patterns of single pixels exceed.
+    """
+    from skimage.restoration import estimate_sigma as estimate
+
+    pixels = images.to_unit(_sample(pixels))
+    if alpha is not None:
+        pixels[_sample(alpha) == 0] = 0  # the estimator leaves out coefficients that are zero
+    if min(pixels.shape[:2]) < 4:
+        return 0.0
+    with images.quiet:  # flat pictures: the mean of nothing
+        sigma = float(estimate(pixels, channel_axis=-1, average_sigmas=True))
+    return min(sigma, 1.0) if math.isfinite(sigma) else 0.0
+
+
+def noise_level(
+    samples: np.ndarray, alpha: np.ndarray | None = None, sigma: float | None = None
+) -> Level:
+    """The noise of samples (H, W, C) of any dtype: as told, or measured, see `noise.measure`.
+
+    What alpha (H, W) hides has no say. Pictures too small for that, or with too little in them
+    that is not clipped, are judged by `estimate_sigma`.
+    """
+    if sigma is not None:
+        return Level(sigma)
+    if min(samples.shape[:2]) >= MEASURABLE:
+        part = sampled(samples[:, :, :1] if is_gray(samples) else samples)
+        noise = measure(images.to_unit(part), None if alpha is None else sampled(alpha))
+        if noise.told > 0 and samples.dtype.kind == "u" and _few_values(samples, noise.told):
+            noise = replace(noise, confidence=0.0)
+        if noise.measured:
+            return Level(noise.safe, noise)
+    sigma = estimate_sigma(samples, alpha)
+    inks = samples.dtype.kind == "u" and _few_values(samples, sigma)
+    return Level(0.0 if inks else sigma)
+
+
+def _few_values(samples: np.ndarray, sigma: float) -> bool:
+    """Whether samples have fewer values than noise of sigma would spread over: a picture of a few
+    inks, dithered or striped."""
+    width = 2 * sigma * float(np.iinfo(samples.dtype).max)
+    parts = sampled(samples)
+    return max(len(np.unique(parts[..., c])) for c in range(parts.shape[2])) < width
+
+
+def _sample(pixels: np.ndarray, side: int = 256, count: int = 8) -> np.ndarray:
+    """At most count x count evenly spaced squares of a picture, (H, W, ...), as a mosaic.
+
+    Each starts at even rows and columns, so that wavelets of two pixels see the same pairs.
+    """
+    for axis in (0, 1):
+        size = pixels.shape[axis]
+        if size > side * count:
+            starts = np.linspace(0, size - side, count).astype(int) // 2 * 2
+            index = (starts[:, None] + np.arange(side)).ravel()
+            pixels = np.take(pixels, index, axis)
+    return pixels

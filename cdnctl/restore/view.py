@@ -1,0 +1,306 @@
+"""A picture as the network sees it, in tiles that fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdnctl import images
+from cdnctl.api import Model
+from cdnctl.core.guard import held_back, held_to
+from cdnctl.core.joint import HasClassFeatures, HasPosterior, Mixture, Whole
+from cdnctl.core.mirror import reflected
+from cdnctl.errors import ImageError
+from cdnctl.restore import tiles
+from cdnctl.restore.levels import Level
+from cdnctl.restore.noise import Noise
+from cdnctl.restore.samples import is_gray, sample_step
+from cdnctl.runtime import available_memory
+
+# A tile of this many pixels a side needs 0.8 GB with the photo model, so that 100 megapixels,
+# which need 0.6 GB themselves, stay below 2. Larger ones overlap less and take less time.
+DEFAULT_TILE = 1344
+MIN_TILE = 256
+EXCESS = 1.25  # most by which a change may exceed the noise that was measured
+
+
+class View:
+    """A picture as the network sees it: in planned tiles, made from samples as they are needed.
+
+    pixels: (H, W, C) samples of any dtype, which stay on the host as they are.
+
+    Grayscale pictures are repeated over the network's channels. Their noise is then
+    the same in all of them, so it lies on the gray axis alone, where it is sqrt(C)
+    times as strong as in one channel: the network hears ``told``, which is sigma
+    times that factor, the noise level at which it would see as much noise on that axis.
+    A picture whose channels are all equal, but for rounding, is grayscale, too: many files
+    hold gray as RGB.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pixels: np.ndarray,
+        level: Level | float,
+        tile: int | None = None,
+        watch: Callable[[float], None] = lambda share: None,
+        logits: Tensor | None = None,  # class scores of the whole picture, if they are known
+    ):
+        needs = model.needs
+        self.model = model
+        self.level = level if isinstance(level, Level) else Level(level)
+        self.sigma = self.level.sigma
+        self.height, self.width, self.channels = pixels.shape
+        gray = is_gray(pixels)
+        self.pixels = pixels[:, :, :1] if gray else pixels
+        if not gray:
+            check_channels(model, self.channels)
+        self.repeat = needs.channels if gray else 1
+        self.told = self.sigma * self.repeat**0.5
+        # Extended by mirroring to what the network works on: whole cells.
+        height, width = (n + -n % needs.multiple for n in (self.height, self.width))
+        side = max(height, width) if needs.margin is None else (tile or DEFAULT_TILE)
+        self.tiles = tiles.plan(height, width, side, needs.margin or 0, needs.multiple)
+        self.cells = height * width // needs.multiple**2
+        self._watch, self._done, self._passes = watch, 0, 1
+        self._logits = logits
+        self._held = self._covered = 0  # pixels of tiles: held back, and all
+
+    @property
+    def area(self) -> int:
+        """Pixels of a tile with its margins."""
+        rows, columns = self.tiles[0].read
+        area: int = (rows.stop - rows.start) * (columns.stop - columns.start)
+        return area
+
+    def read(self, box: tiles.Box) -> Tensor:
+        """Rows and columns of the extended picture: (C, h, w), float32 on the host."""
+        block = self.pixels
+        for axis, (part, size) in enumerate(zip(box, (self.height, self.width), strict=True)):
+            if part.stop > size:
+                index = reflected(part.start, part.stop, size)
+                block = np.take(block, index, axis)
+            else:
+                block = block[part] if axis == 0 else block[:, part]
+        return torch.from_numpy(np.ascontiguousarray(images.to_unit(block).transpose(2, 0, 1)))
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """Class scores of the whole picture, (K,); zeros if the model does not classify."""
+        network = self.model.module
+        if not isinstance(network, HasPosterior):
+            return torch.zeros(network.num_classes)
+        if self._logits is None:
+            self._passes = 2 if len(self.tiles) > 1 else 1  # this one, and that of the pixels
+            if isinstance(network, HasClassFeatures):
+                self._logits = self._by_features(network)
+            else:
+                y = self.read(self.tiles[0].read)[None].to(self.model.device)
+                found = self._counted(lambda y: network.logits(self.repeated(y), self.told))(y)
+                self._logits = found[0].cpu()
+        return self._logits
+
+    def _by_features(self, network: HasClassFeatures) -> Tensor:
+        """Class scores, (K,), from the mean of the class features over all tiles."""
+        mean = tiles.mean_of_cells(
+            self._counted(lambda y: network.class_features(self.repeated(y), self.told)),
+            self.read,
+            self.tiles,
+            self.model.device,
+            self.model.needs.multiple,
+        )
+        return network.logits_of(mean.float().to(self.model.device)).cpu()
+
+    def whole(self, mixture: Mixture) -> Whole | None:
+        """What the network must know of the picture to work on a tile of it."""
+        if len(self.tiles) == 1 or (mixture is None and not self.model.needs.posterior):
+            return None
+        return Whole(self.cells, self.logits().softmax(0).to(self.model.device))
+
+    def repeated(self, y: Tensor) -> Tensor:
+        """(B, C, h, w) of the picture with the network's number of channels."""
+        return y.repeat(1, self.repeat, 1, 1)
+
+    def averaged(self, correction: Tensor) -> Tensor:
+        """(B, C, h, w) from the network with the picture's number of channels."""
+        return correction.mean(1, keepdim=True) if self.repeat > 1 else correction
+
+    def accepted(self, y: Tensor, correction: Tensor) -> Tensor:
+        """What the network says of tiles y, (B, C, h, w), within what their noise allows."""
+        correction = self.averaged(correction)
+        noise = self.level.noise
+        if noise is not None:
+            tone = (y + correction).mean(1, keepdim=True)
+            strength = EXCESS * noise.confidence * noise.sigma
+            correction = held_to(correction, strength * _relative(noise, tone))
+        correction, factor = held_back(correction, self.sigma, sample_step(self.pixels.dtype))
+        self._held += int((factor < 1).sum())
+        self._covered += factor.numel()
+        return correction
+
+    @property
+    def held(self) -> float:
+        """Share of the pixels where corrections were more than sigma allows, until now."""
+        return self._held / max(1, self._covered)
+
+    def placed(self, values: Tensor) -> np.ndarray:
+        """(C, h, w) as (h, w, C) with the channels that the picture is stored with, and without
+        what it was extended by."""
+        array = values[:, : self.height, : self.width].permute(1, 2, 0).cpu().numpy()
+        return np.broadcast_to(array, (*array.shape[:2], self.channels))
+
+    def network(self, y: Tensor, mixture: Mixture) -> Tensor:
+        """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w), in the network's channels."""
+        if isinstance(mixture, Tensor):
+            mixture = mixture.to(y.device)
+        network = self.model.corrector()
+        return network.correction(self.repeated(y), self.told, mixture, self.whole(mixture))[0]
+
+    def correct(self, y: Tensor, mixture: Mixture) -> Tensor:
+        """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w) of the picture, differentiable."""
+        return self.averaged(self.network(y, mixture))
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Iterator[tuple[tiles.Box, np.ndarray]]:
+        """Apply a function of tiles, (B, C, h, w) to the same: places in the picture, and the
+        (h, w, C) that belongs there."""
+        results = tiles.run(self._counted(function), self.read, self.tiles, self.model.device)
+        for (rows, columns), out in results:
+            rows, columns = _clipped(rows, self.height), _clipped(columns, self.width)
+            h, w = rows.stop - rows.start, columns.stop - columns.start
+            if h > 0 and w > 0:
+                yield (rows, columns), self.placed(out[:, :h, :w])
+
+    def over_tiles(self, function: Callable[[Tensor], Tensor]) -> np.ndarray:
+        """Apply a function of tiles, (B, C, h, w) to the same, to the picture: (H, W, C)."""
+        result = np.empty((self.height, self.width, self.channels), np.float32)
+        for place, values in self.each(function):
+            result[place] = values
+        return result
+
+    def stream(
+        self, choose: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Iterator[tuple[tiles.Box, np.ndarray]], Callable[[], Tensor]]:
+        """Correction, place by place as from `each`, for the class weights that ``choose``
+        makes of the class scores, (K,) to (K,), or for the posterior; and the scores, to be
+        had when the places are done.
+
+        A picture of one tile takes a single pass.
+        """
+        if len(self.tiles) > 1:
+            mixture = None if choose is None else choose(self.logits())
+            return self.each(lambda y: self.accepted(y, self.network(y, mixture))), self.logits
+
+        def correct(y: Tensor) -> Tensor:
+            def chosen(logits: Tensor) -> Tensor:
+                assert choose is not None
+                return choose(logits[0].cpu()).to(logits.device)
+
+            correction, logits = self.model.corrector().correction(
+                self.repeated(y), self.told, None if choose is None else chosen
+            )
+            self._logits = logits[0].cpu()
+            return self.accepted(y, correction)
+
+        return self.each(correct), self.logits
+
+    def solve(self, choose: Callable[[Tensor], Tensor] | None = None) -> tuple[np.ndarray, Tensor]:
+        """What `stream` gives, at once: the correction, (H, W, C), and the class scores."""
+        result = np.empty((self.height, self.width, self.channels), np.float32)
+        places, scores = self.stream(choose)
+        for place, values in places:
+            result[place] = values
+        return result, scores()
+
+    def correction(self, mixture: Tensor | None = None) -> np.ndarray:
+        """sigma^2 sum_c w_c s_c(y) as float32 (H, W, C); without a mixture, of the posterior."""
+        return self.over_tiles(lambda y: self.correct(y, mixture))
+
+    def _counted(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The function, with the share of the work that is done told to who watches."""
+
+        def run(y: Tensor) -> Tensor:
+            out = function(y)
+            self._done += len(y)
+            self._watch(min(1.0, self._done / (self._passes * len(self.tiles))))
+            return out
+
+        return run
+
+
+def check_channels(model: Model, channels: int) -> None:
+    """ImageError if pictures of so many channels are none that the network can see."""
+    own = model.needs.channels
+    if channels not in (1, own):
+        kind = "gray pictures" if own == 1 else f"pictures of {own} channels"
+        raise ImageError(
+            f"model {model.name!r} is for {kind}, but this one has {channels} channels: "
+            "convert it, or give another --model"
+        )
+
+
+def _clipped(part: slice, size: int) -> slice:
+    return slice(part.start, min(part.stop, size))
+
+
+def _relative(noise: Noise, tone: Tensor) -> Tensor:
+    """`Noise.curve` of tones in a tensor, like it."""
+    tones, shape = (torch.tensor(part).to(tone) for part in (noise.tones, noise.shape))
+    right = torch.bucketize(tone.contiguous(), tones).clamp(1, len(tones) - 1)
+    share = ((tone - tones[right - 1]) / (tones[right] - tones[right - 1])).clamp(0, 1)
+    return torch.lerp(shape[right - 1], shape[right], share)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of any device has run out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    signs = ("allocate memory", "out of memory", "ALLOC_FAILED")  # CPU; MPS; cuDNN and cuBLAS
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+class OutOfMemory(ImageError):
+    """A picture, or a tile of it, for which memory does not suffice."""
+
+
+@contextmanager
+def memory_errors(view: View) -> Iterator[None]:
+    """Turn running out of memory, of any device, into an OutOfMemory that says what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        tile = view.tiles[0].read
+        raise OutOfMemory(
+            f"not enough memory for {view.width} x {view.height} pixels in tiles of "
+            f"{tile[1].stop - tile[1].start} x {tile[0].stop - tile[0].start}: "
+            "give a smaller --tile (or --model photo, if the model needs the whole picture)"
+        ) from None
+
+
+def default_tile(model: Model, memory: int | None = None) -> int:
+    """Side of tiles: DEFAULT_TILE, or as much less as fits into ``memory`` bytes, or without a
+    number into half of what is free.
+
+    No less than three margins, of which eight ninths are margin: smaller tiles take hours.
+    """
+    budget = available_memory(model.device) // 2 if memory is None else memory
+    least = max(MIN_TILE, 3 * (model.needs.margin or 0))
+    side = DEFAULT_TILE
+    while side > least and side**2 * model.needs.bytes_per_pixel > budget:
+        side = max(least, side * 3 // 4)
+    return side
+
+
+def batch_size(height: int, width: int) -> int:
+    """How many pictures of one size go through the network together.
+
+    It depends on the size alone, and smaller batches are filled up: kernels may round
+    differently for another number of pictures, but not for other neighbours. So a picture
+    comes out the same to the bit alone, in a folder, and in whatever order.
+    """
+    return max(1, min(32, 2**16 // (height * width)))
