@@ -29,6 +29,7 @@ from tiny import files, names, noisy_picture, save_tiny, write
 from cdnctl import checkpoints, images
 from cdnctl import files as naming
 from cdnctl.cli import common
+from cdnctl.images import codec
 from cdnctl.restore.manifest import NAME
 
 OPTIONS = ("--model", "m.safetensors", "--sigma", "25")
@@ -673,7 +674,7 @@ def sleepy_reading() -> None:
             time.sleep(0.01)
         return decode(data, name, max_pixels)
 
-    images.decode = wait
+    images.decode = codec.decode = wait  # that of batches, and that within `read`
 
 
 # -- places where nothing can be written ----------------------------------------------------
