@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from cdnctl.analysis.attacks import Attack, Budget, Robustness
     from cdnctl.analysis.ood import Separation
     from cdnctl.api import Model
-    from cdnctl.evaluate import Row, Sample, Summary
+    from cdnctl.measure.evaluate import Row, Sample, Summary
     from cdnctl.selection import Models
 
 ROBUSTNESS, OOD = (
@@ -220,7 +220,7 @@ class _Run:
     def add(self, models: Models, folder: Path, noisy: Path | None) -> None:
         """A model to measure, that which suits the first picture."""
         from cdnctl.batch import expand
-        from cdnctl.evaluate import find_samples
+        from cdnctl.measure.evaluate import find_samples
 
         chosen = models.pick(*_first_size(expand([folder], recursive=True)))
         self.models.append((chosen, self.some(find_samples(folder, noisy, chosen))))
@@ -286,7 +286,7 @@ def _gaps(run: _Run, model: Model, samples: Sequence[Sample], paired: bool) -> I
 
 def _measure_scores(run: _Run, paired: bool, clip: bool) -> list[dict[str, Any]]:
     """Scores of every model; the rows that they are means of."""
-    from cdnctl.evaluate import evaluate, summarise
+    from cdnctl.measure.evaluate import evaluate, summarise
 
     gaps = dict.fromkeys(gap for m, samples in run.models for gap in _gaps(run, m, samples, paired))
     if not run.quiet:
@@ -321,7 +321,7 @@ def _measure_robustness(
 ) -> None:
     """Accuracy of every model under every attack at every noise level that it is told."""
     from cdnctl.analysis.attacks import robustness
-    from cdnctl.evaluate import read_pictures
+    from cdnctl.measure.evaluate import read_pictures
 
     runs = sum(len(samples) for _, samples in run.models) * len(run.levels) * len(attacks)
     with progress(runs, run.quiet, run.as_json) as advance:
@@ -371,7 +371,7 @@ def _measure_ood(run: _Run, others: Sequence[str]) -> None:
     """How well each score of each model tells other pictures from those of the folder."""
     from cdnctl.analysis.ood import fit, measure, separations, synthetic
     from cdnctl.batch import expand
-    from cdnctl.evaluate import Sample, read_pictures
+    from cdnctl.measure.evaluate import Sample, read_pictures
 
     foreign = {
         name: run.some([Sample(path) for path in expand([Path(name)], recursive=True)])

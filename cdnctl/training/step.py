@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from cdnctl.core.losses import cross_entropy, score_matching
+from cdnctl.core.noise import noised
 from cdnctl.errors import SetupError
 from cdnctl.images import PEAK
 from cdnctl.models import Mixture, Network
@@ -43,18 +44,14 @@ def losses(model: Network, batch: Batch, config: LossConfig) -> tuple[Tensor, Te
             p = logits.softmax(1)
             return torch.where(batch.condition[:, None], one_hot.to(p.dtype), p)
 
-    denoised, logits = model(_noisy(batch), batch.told, mixture)
+    denoised, logits = model(noised(batch.clean, batch.sigma, batch.noise), batch.told, mixture)
     sigma = batch.sigma.clamp_min(QUIETEST)
     matching = score_matching(denoised, batch.clean, sigma, config.score_power)
     lesson = batch.lesson
     if lesson is None:
         return matching, cross_entropy(logits, batch.labels, config.smoothing)
-    logits = model.logits(_noisy(lesson), lesson.told)
+    logits = model.logits(noised(lesson.clean, lesson.sigma, lesson.noise), lesson.told)
     return matching, cross_entropy(logits, lesson.labels, config.smoothing)
-
-
-def _noisy(batch: Batch) -> Tensor:
-    return batch.clean + batch.sigma.view(-1, 1, 1, 1) * batch.noise
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

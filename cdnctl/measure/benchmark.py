@@ -23,10 +23,12 @@ import torch
 
 from cdnctl import images
 from cdnctl.batch import Batch, Job
+from cdnctl.core.metrics import picture_psnr, ssim
+from cdnctl.core.noise import noisy_version
 from cdnctl.errors import CdnctlError
-from cdnctl.evaluate import Sample, noisy_version, picture_psnr, ssim
 from cdnctl.manifest import Manifest
-from cdnctl.methods import is_model, method
+from cdnctl.measure.evaluate import Sample
+from cdnctl.measure.methods import is_model, method
 from cdnctl.restore import Settings, View, estimate_sigma
 from cdnctl.selection import Models
 
