@@ -13,10 +13,12 @@ import torch
 from processes import Run
 from tiny import picture, save_tiny, write
 
-from cdnctl import benchmark, images, methods, ratios
+from cdnctl import images
 from cdnctl.checkpoints import read_header
+from cdnctl.core.metrics import picture_psnr
+from cdnctl.core.noise import noisy_version
 from cdnctl.errors import CdnctlError
-from cdnctl.evaluate import noisy_version, picture_psnr
+from cdnctl.measure import benchmark, gradient, methods
 from cdnctl.models import NetConfig
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.training.config import DataConfig, TrainConfig
@@ -128,10 +130,10 @@ def double(value: Any) -> Any:
 def test_all_ways_compute_the_same() -> None:
     """By autograd and written out: the same picture, the same loss, the same gradients."""
     torch.manual_seed(0)
-    ours, naive = GradResNet(SHAPE).double(), ratios.ByAutograd(SHAPE).double()
+    ours, naive = GradResNet(SHAPE).double(), gradient.ByAutograd(SHAPE).double()
     naive.load_state_dict(ours.state_dict())
     config = TrainConfig(data=DataConfig(patch=8, batch=8))
-    batch = ratios._batch(config.data, 3, 3)
+    batch = gradient._batch(config.data, 3, 3)
     batch = type(batch)(*(double(value) for value in vars(batch).values()))
     assert batch.condition.any() and not batch.condition.all()
 
@@ -149,7 +151,7 @@ def test_all_ways_compute_the_same() -> None:
 @pytest.mark.parametrize("norm", ["pixel", "group"])
 def test_ratios(tmp_path: Path, norm: str) -> None:
     header = read_header(save_tiny(tmp_path / "tiny.safetensors", norm=norm, patch=16))
-    rows = list(ratios.ratios(header, pixels=2**10, rounds=3))
+    rows = list(gradient.ratios(header, pixels=2**10, rounds=3))
     keys = [(r.task, r.precision, r.way) for r in rows]
     assert len(set(keys)) == len(keys) and {r.model for r in rows} == {"tiny"}
     for precision in {r.precision for r in rows}:
@@ -157,8 +159,8 @@ def test_ratios(tmp_path: Path, norm: str) -> None:
             {r.way: r for r in rows if (r.task, r.precision) == (task, precision)}
             for task in sorted(TASKS)
         )
-        assert denoise.keys() == train.keys() | {ratios.FORWARD} and len(denoise) == 4
-        assert denoise[ratios.FORWARD].ratio == train[ratios.UNET].ratio == 1
+        assert denoise.keys() == train.keys() | {gradient.FORWARD} and len(denoise) == 4
+        assert denoise[gradient.FORWARD].ratio == train[gradient.UNET].ratio == 1
         for ways in (denoise, train):
             (reference,) = {r.reference for r in ways.values()}
             assert all(r.seconds_per_megapixel > 0 for r in ways.values())
@@ -167,14 +169,16 @@ def test_ratios(tmp_path: Path, norm: str) -> None:
 
 def test_ways_take_turns() -> None:
     calls: list[str] = []
-    seconds = ratios.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    seconds = gradient.alternate(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3
+    )
     assert calls == ["a", "b"] * 4, "three rounds after one that warms up"
     assert {way: len(times) for way, times in seconds.items()} == {"a": 3, "b": 3}
 
 
 def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = partial(ratios.ratios, pixels=2**12, rounds=1)
-    monkeypatch.setattr(ratios, "ratios", few)
+    few = partial(gradient.ratios, pixels=2**12, rounds=1)
+    monkeypatch.setattr(gradient, "ratios", few)
     done = cdnctl("bench", "--gradient", "--json", "--methods", "cifar10")
     assert done.code == 0
     (rows,) = done.records

@@ -23,13 +23,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cdnctl import checkpoints
+from cdnctl.cards import card, export
 from cdnctl.checkpoints import (
     FORMAT_VERSION,
     Header,
     build_module,
     bundled,
-    card,
-    export,
     load_model,
     read_header,
     save_model,

@@ -17,26 +17,19 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tiny import CLASSES, noisy_picture, picture, save_tiny, tiny
 from torch import Tensor
 
-import cdnctl.evaluate
-from cdnctl import images, restore
+import cdnctl.measure.evaluate
+from cdnctl import grouping, images, restore
 from cdnctl.analysis.attacks import Attack, Budget, robustness
 from cdnctl.api import Model, load
 from cdnctl.cli import main
 from cdnctl.cli.common import parse_levels
 from cdnctl.cli.evaluate import parse_attacks
+from cdnctl.core.metrics import picture_psnr, ssim
+from cdnctl.core.noise import noisy_version
 from cdnctl.errors import UsageError
-from cdnctl.evaluate import (
-    Row,
-    Sample,
-    batches,
-    evaluate,
-    find_samples,
-    noisy_version,
-    picture_psnr,
-    ssim,
-    summarise,
-)
+from cdnctl.grouping import batches
 from cdnctl.images import Image
+from cdnctl.measure.evaluate import Row, Sample, evaluate, find_samples, summarise
 
 SIGMAS = [15 / 255, 50 / 255]
 
@@ -328,7 +321,7 @@ def test_a_batch_gives_what_each_picture_gives_alone(
     assert restore.batch_size(20, 24) > len(samples)
     together = list(evaluate(samples, network, levels))
     with monkeypatch.context() as patch:
-        patch.setattr(cdnctl.evaluate, "batch_size", lambda height, width: 1)
+        patch.setattr(cdnctl.measure.evaluate, "batch_size", lambda height, width: 1)
         alone = list(evaluate(samples, network, levels))
     assert [r.error for r in together] == [r.error for r in alone]
     for a, b in zip(together, alone, strict=True):
@@ -366,7 +359,7 @@ def test_tiles_give_what_the_whole_gives(
     sample = Sample(write(tmp_path / "a.tif", picture(130, 70)), "dog")
     (whole,) = evaluate([sample], model, SIGMAS[1:])
     monkeypatch.setattr("cdnctl.restore.view.DEFAULT_TILE", 64)
-    monkeypatch.setattr(cdnctl.evaluate, "batch_size", lambda height, width: 1)
+    monkeypatch.setattr(cdnctl.measure.evaluate, "batch_size", lambda height, width: 1)
     assert len(restore.View(model, picture(130, 70), 0.1).tiles) > 1
     (tiled,) = evaluate([sample], model, SIGMAS[1:])
     assert tiled.predicted == whole.predicted
@@ -379,7 +372,7 @@ def test_batches_lose_nothing_and_hold_little(monkeypatch: pytest.MonkeyPatch, l
     def count(height: int, width: int) -> int:
         return max(1, 3000 // (height * width))
 
-    monkeypatch.setattr(cdnctl.evaluate, "WAITING_PIXELS", limit)
+    monkeypatch.setattr(grouping, "WAITING_PIXELS", limit)
     rng = np.random.default_rng(0)
     kinds = [(20, 24, 0), (20, 24, 1), (24, 20, 0), (10, 10, 0), (100, 100, 0)]
     items = [(i, kinds[k]) for i, k in enumerate(rng.integers(0, len(kinds), 200))]

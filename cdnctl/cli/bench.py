@@ -29,7 +29,7 @@ from cdnctl.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from cdnctl.benchmark import Cost, Quality
+    from cdnctl.measure.benchmark import Cost, Quality
 
 
 def register(app: typer.Typer) -> None:
@@ -88,9 +88,9 @@ def bench(
         keep_existing(plot, overwrite)
         check_plot(plot)
     start_torch("cpu", threads)
-    from cdnctl.benchmark import cost, quality
     from cdnctl.checkpoints import find_weights, read_header
-    from cdnctl.methods import REFERENCE, YARDSTICKS, available
+    from cdnctl.measure.benchmark import cost, quality
+    from cdnctl.measure.methods import REFERENCE, YARDSTICKS, available
     from cdnctl.restore.plan import expand
 
     names = available()
@@ -149,7 +149,7 @@ def bench(
 def _throughput(as_json: bool, threads: int | None) -> None:
     from rich.table import Table
 
-    from cdnctl.benchmark import throughput
+    from cdnctl.measure.benchmark import throughput
 
     rows = list(throughput(threads=threads))
     if as_json:
@@ -166,8 +166,8 @@ def _gradient(names: Sequence[str], as_json: bool) -> None:
     from rich.table import Table
 
     from cdnctl.checkpoints import bundled, find_weights, read_header
-    from cdnctl.methods import is_model
-    from cdnctl.ratios import ratios
+    from cdnctl.measure.gradient import ratios
+    from cdnctl.measure.methods import is_model
 
     if foreign := [name for name in names if not is_model(name)]:
         raise UsageError(f"{foreign[0]!r} has no gradient: give some of {', '.join(bundled())}")

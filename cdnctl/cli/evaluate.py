@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from cdnctl.analysis.attacks import Attack, Budget, Robustness
     from cdnctl.analysis.ood import Separation
     from cdnctl.api import Model
-    from cdnctl.evaluate import Row, Sample, Summary
+    from cdnctl.measure.evaluate import Row, Sample, Summary
     from cdnctl.selection import Models
 
 ROBUSTNESS, OOD = (
@@ -219,7 +219,7 @@ class _Run:
 
     def add(self, models: Models, folder: Path, noisy: Path | None) -> None:
         """A model to measure, that which suits the first picture."""
-        from cdnctl.evaluate import find_samples
+        from cdnctl.measure.evaluate import find_samples
         from cdnctl.restore.plan import expand
 
         chosen = models.pick(*_first_size(expand([folder], recursive=True)))
@@ -288,7 +288,7 @@ def _gaps(run: _Run, model: Model, samples: Sequence[Sample], paired: bool) -> I
 
 def _measure_scores(run: _Run, paired: bool, clip: bool) -> list[dict[str, Any]]:
     """Scores of every model; the rows that they are means of."""
-    from cdnctl.evaluate import evaluate, summarise
+    from cdnctl.measure.evaluate import evaluate, summarise
 
     gaps = dict.fromkeys(gap for m, samples in run.models for gap in _gaps(run, m, samples, paired))
     if not run.quiet:
@@ -323,7 +323,7 @@ def _measure_robustness(
 ) -> None:
     """Accuracy of every model under every attack at every noise level that it is told."""
     from cdnctl.analysis.attacks import robustness
-    from cdnctl.evaluate import read_pictures
+    from cdnctl.measure.evaluate import read_pictures
 
     runs = sum(len(samples) for _, samples in run.models) * len(run.levels) * len(attacks)
     with progress(runs, run.quiet, run.as_json) as advance:
@@ -372,7 +372,7 @@ def _robust_row(result: Robustness) -> dict[str, Any]:
 def _measure_ood(run: _Run, others: Sequence[str]) -> None:
     """How well each score of each model tells other pictures from those of the folder."""
     from cdnctl.analysis.ood import fit, measure, separations, synthetic
-    from cdnctl.evaluate import Sample, read_pictures
+    from cdnctl.measure.evaluate import Sample, read_pictures
     from cdnctl.restore.plan import expand
 
     foreign = {

@@ -52,7 +52,8 @@ def show(
 ) -> None:
     """Print a model's card: what it is, how it was made, how it scores. Of a run folder: how far
     training is, its scores and config, and what is in it."""
-    from cdnctl.checkpoints import bundled, card, find_weights
+    from cdnctl.cards import card
+    from cdnctl.checkpoints import bundled, find_weights
     from cdnctl.training.report import describe, is_run
 
     if name not in bundled() and is_run(Path(name)):
@@ -75,8 +76,9 @@ def export(
     half: Annotated[bool, typer.Option("--half", help="Store float16.")] = False,
 ) -> None:
     """Copy trained weights with scores in their header, and write their card."""
-    from cdnctl.checkpoints import SUFFIX, check_scores, find_weights
-    from cdnctl.checkpoints import export as export_weights
+    from cdnctl.cards import check_scores
+    from cdnctl.cards import export as export_weights
+    from cdnctl.checkpoints import SUFFIX, find_weights
 
     if target.suffix != SUFFIX:
         raise UsageError(f"{str(target)!r} must end in {SUFFIX}")
