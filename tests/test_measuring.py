@@ -18,6 +18,7 @@ from cdnctl.analysis.attacks import Attack, Budget, robustness
 from cdnctl.api import load
 from cdnctl.cli.attack import parse_attacks
 from cdnctl.cli.options import parse_levels
+from cdnctl.cli.tables import Column, print_table
 from cdnctl.errors import UsageError
 from cdnctl.evaluate import find_samples
 from cdnctl.images import Image
@@ -314,3 +315,14 @@ def test_what_is_refused(tmp_path: Path, measure: Measure, args: tuple[str, ...]
     code, out, err = measure(*args, *MODELS[:2])
     assert code == 2 and err and not out
     assert not list(tmp_path.glob("a.*"))
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name may look like markup; what has no column is not shown, and None is told apart."""
+    names = ["[bold]runs[/bold]", "[/b]", "a\\[b", "plain"]
+    columns = {"name": Column("name"), "ssim": Column("SSIM", ".2f", missing="none")}
+    rows = [{"file": "hidden", "name": name, "ssim": None} for name in names]
+    print_table(columns, [*rows, {"name": "last", "ssim": 0.125}])
+    header, *found = cells(capsys.readouterr().out)
+    assert header == ["name", "SSIM"]
+    assert found == [*([name, "none"] for name in names), ["last", "0.12"]]
