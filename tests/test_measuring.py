@@ -319,7 +319,7 @@ def test_what_is_refused(tmp_path: Path, measure: Measure, args: tuple[str, ...]
 
 def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     """A name may look like markup; what has no column is not shown, and None is told apart."""
-    names = ["[bold]runs[/bold]", "[/b]", "a\\[b", "plain"]
+    names = ["[bold]runs[/bold]", "[/b]", "a\\[b", ":cat:"]
     columns = {"name": Column("name"), "ssim": Column("SSIM", ".2f", missing="none")}
     rows = [{"file": "hidden", "name": name, "ssim": None} for name in names]
     print_table(columns, [*rows, {"name": "last", "ssim": 0.125}])

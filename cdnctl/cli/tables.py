@@ -38,14 +38,14 @@ class Column:
 
 def drawn(columns: Mapping[str, Column], rows: Sequence[Row]) -> Table:
     """The values of rows that have a column; of what else is in them nothing is shown."""
-    from rich.markup import escape
     from rich.table import Column as Head
     from rich.table import Table
+    from rich.text import Text  # plain strings would be searched for markup
 
     heads = [Head(c.title, overflow="fold", no_wrap=c.whole) for c in columns.values()]
     table = Table(*heads)
     for row in rows:
-        table.add_row(*(escape(column.cell(row[key])) for key, column in columns.items()))
+        table.add_row(*(Text(column.cell(row[key])) for key, column in columns.items()))
     return table
 
 
