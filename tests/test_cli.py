@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,6 +23,7 @@ import PIL.Image
 import PIL.ImageCms
 import pytest
 import torch
+import typer
 from processes import COMMAND, Result, Run, checked
 from tiny import CLASSES, files, noisy_picture, picture, save_tiny, write
 
@@ -29,6 +31,7 @@ from cdnctl import checkpoints, headers, images
 from cdnctl import files as naming
 from cdnctl.api import load
 from cdnctl.checkpoints import find_weights, load_model, read_header, save_model, weights_hash
+from cdnctl.cli import app
 from cdnctl.cli.options import parse_size
 from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Image, Metadata
@@ -384,6 +387,10 @@ def test_all_errors_have_one_form(cdnctl: Run, args: Any, words: list[str]) -> N
 def test_help_is_no_error(cdnctl: Run) -> None:
     asked = cdnctl("--help")
     assert asked.code == 0 and "denoise" in asked.text and not asked.err
+    panels = re.findall(r"^╭─ (\w+) ─", asked.text, re.M)
+    assert panels == ["Options", "Restore", "Understand", "Measure", "Models"]
+    shown = set(re.findall(r"^│ (\w+) ", asked.text, re.M))
+    assert shown == set(typer.main.get_group(app).commands), "each in a panel"
     bare = subprocess.run([COMMAND], capture_output=True, text=True)
     assert bare.returncode == 2 and "denoise" in bare.stdout and not bare.stderr
 

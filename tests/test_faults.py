@@ -640,7 +640,7 @@ def test_torchrun(place: Path) -> None:
     "command",
     [
         ("classify", "in", "--model", "m.safetensors"),
-        ("evaluate", "in", "--model", "m.safetensors", "--csv", "rows.csv"),
+        ("evaluate", "in", "--model", "m.safetensors", "--csv", "rows.csv", "-q"),
         ("bench", "quality", "in", "--methods", "wavelet"),
         ("denoise", "in/00.png", "--model", "m.safetensors"),
         ("explain", "in/00.png", "-o", "why.png", "--model", "m.safetensors"),
