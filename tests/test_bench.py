@@ -38,7 +38,7 @@ def test_quality_is_that_of_the_method(tmp_path: Path, cdnctl: Run) -> None:
     for i in range(2):
         write(folder / f"{i}.png", picture(40, 30 + i, top=20 * i))
     options = ("--methods", "wavelet,total variation", "--sigma", "15,50")
-    done = cdnctl("bench", folder, *options, "--json")
+    done = cdnctl("bench", "quality", folder, *options, "--json")
     assert done.code == 0
     (rows,) = done.records
     assert [(r["method"], r["sigma"]) for r in rows] == [
@@ -106,12 +106,12 @@ def test_plot(tmp_path: Path, cdnctl: Run) -> None:
     write(tmp_path / "in" / "a.png", picture(20, 24))
     plot = tmp_path / "plot.png"
     plot.write_text("precious")
-    options = ("bench", "in", "--methods", "wavelet", "--sigma", "10:50:20", "--json", "--plot")
-    done = cdnctl(*options, plot)
+    options = ("--methods", "wavelet", "--sigma", "10:50:20", "--json", "--plot")
+    done = cdnctl("bench", "quality", "in", *options, plot)
     assert done.code == 2 and "plot.png" in done.err and "--overwrite" in done.err
     assert plot.read_text() == "precious"
-    assert cdnctl(*options, "plot.xyz").code == 2
-    done = cdnctl(*options, plot, "--overwrite")
+    assert cdnctl("bench", "quality", "in", *options, "plot.xyz").code == 2
+    done = cdnctl("bench", "quality", "in", *options, plot, "--overwrite")
     assert done.code == 0 and [row["sigma"] for row in done.records[0]] == [10, 30, 50]
     pixels = images.read(plot).pixels
     assert pixels.shape[1] > 2 * pixels.shape[0], "two panels side by side"
@@ -179,11 +179,11 @@ def test_ways_take_turns() -> None:
 def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     few = partial(gradient.ratios, pixels=2**12, rounds=1)
     monkeypatch.setattr(gradient, "ratios", few)
-    done = cdnctl("bench", "--gradient", "--json", "--methods", "cifar10")
+    done = cdnctl("bench", "gradient", "--json", "--model", "cifar10")
     assert done.code == 0
     (rows,) = done.records
     assert {r["model"] for r in rows} == {"cifar10"} and {r["task"] for r in rows} == TASKS
-    done = cdnctl("bench", "--gradient")
+    done = cdnctl("bench", "gradient")
     assert done.code == 0 and done.text.count("photo") == len(rows)
     for way in {r["way"] for r in rows}:
         assert way in done.text, "names fit into a terminal of 80 columns"
@@ -192,14 +192,14 @@ def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "options, named",
     [
-        (("--gradient", "--methods", "wavelet"), "'wavelet'"),
-        (("--gradient", "--folders"), "--folders, --gradient"),
-        (("--gradient", "in"), "FOLDER, --gradient"),
-        (("--methods", "photo,nonsense"), "'nonsense'"),
-        (("--plot", "plot.png"), "FOLDER"),
-        ((".", "--methods", methods.REFERENCE), "no quality"),
-        (("in", "--sigma", "0:50"), "'0:50'"),
-        (("in", "--sigma", "0:50:25"), "sigma 0"),
+        (("gradient", "--methods", "wavelet"), "no such option: --methods"),
+        (("cost", "--megapixels", "many"), "'many'"),
+        (("cost", "--methods", "photo,nonsense"), "'nonsense'"),
+        (("quality", ".", "--methods", methods.REFERENCE), "no quality"),
+        (("quality", "in", "--sigma", "0:50"), "'0:50'"),
+        (("quality", "in", "--sigma", "0:50:25"), "sigma 0"),
+        (("quality",), "missing argument"),
+        (("pictures",), "the commands of cdnctl bench are quality, cost, folders, gradient"),
     ],
 )
 def test_usage_errors(tmp_path: Path, cdnctl: Run, options: tuple[str, ...], named: str) -> None:

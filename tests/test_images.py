@@ -247,15 +247,17 @@ def test_pixels_are_counted_without_decoding(kind, tmp_path):
     path = tmp_path / f"a.{kind.lower()}"
     data = pillow_bytes(noise(20, 30, 3, "uint8"), kind)
     path.write_bytes(data)
-    assert images.count_pixels(path) == 600
+    assert images.count_pixels(path) == 600 and images.stored_size(path) == (30, 20)
     path.write_bytes(b"no picture")
     assert images.count_pixels(path) == 10, "the number of bytes"
+    assert images.stored_size(path) is None
 
 
 def test_what_cannot_be_read_counts_nothing(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     for name in ("a.png", "none.png", "."):
         assert images.count_pixels(tmp_path / name) == 0
+        assert images.stored_size(tmp_path / name) is None
     for size in (8, 20, 30):
         (tmp_path / "b.png").write_bytes(png16(noise(2, 2, 3, "uint16"))[:size])
         assert images.count_pixels(tmp_path / "b.png") in (size, 4)

@@ -37,6 +37,7 @@ from cdnctl.images.codec import (
     read,
     read_bytes,
     save,
+    stored_size,
     write,
 )
 from cdnctl.images.image import Image, Metadata, from_unit, to_unit
@@ -67,6 +68,7 @@ __all__ = [
     "read_bytes",
     "remove_temporary",
     "save",
+    "stored_size",
     "temporary_name",
     "to_unit",
     "write",

@@ -109,25 +109,34 @@ def count_pixels(path: Path) -> int:
     Where the header does not tell at once, the number of bytes stands for it, and 0 for what
     cannot be read.
     """
+    size = stored_size(path)
+    if size is not None:
+        return math.prod(size)
     try:
         status = path.stat()
     except OSError:
         return 0
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe may take for ever
-        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def stored_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of a picture by its header, without decoding it and before it is turned
+    upright; None where the header does not tell at once."""
     try:
+        if not path.is_file():  # reading a pipe may take for ever
+            return None
         with quiet, path.open("rb") as file:
             head = file.read(30)
-            size = pillow.webp_size(head)
             if head.startswith(png.SIGNATURE):  # without Pillow, which takes ten times as long
-                size = struct.unpack(">II", head[16:24])
-            if size is None:
-                file.seek(0)
-                with PIL.Image.open(file, formats=(*pillow.FORMATS, "TIFF", "TGA")) as picture:
-                    size = picture.size
-        return math.prod(size)
+                width, height = struct.unpack(">II", head[16:24])
+                return width, height
+            if size := pillow.webp_size(head):
+                return size
+            file.seek(0)
+            with PIL.Image.open(file, formats=(*pillow.FORMATS, "TIFF", "TGA")) as picture:
+                return picture.size
     except Exception:  # Pillow's parsers fail in many ways, of which reading tells
-        return status.st_size
+        return None
 
 
 def conversions(image: Image, suffix: str) -> tuple[str, ...]:
