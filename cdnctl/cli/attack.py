@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cdnctl.cli.common import start_torch
-from cdnctl.cli.options import PEAK, Device, Json, Quiet, Threads, parse_levels
+from cdnctl.cli.options import Device, Json, Quiet, Threads, parse_levels
 from cdnctl.cli.progress import progress
 from cdnctl.cli.report import Folder, Levels, Limit, ModelsOption, Report, Seed
 from cdnctl.cli.tables import Column
 from cdnctl.errors import UsageError
+from cdnctl.units import PEAK
 
 if TYPE_CHECKING:
     from cdnctl.analysis.attacks import Attack, Robustness

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cdnctl.cli.common import keep_existing, start_torch, stderr
-from cdnctl.cli.options import PEAK, Json, Threads, parse_levels
+from cdnctl.cli.options import Json, Threads, parse_levels
 from cdnctl.cli.plots import check_plot, curves, draw
 from cdnctl.cli.progress import progress
 from cdnctl.cli.report import Levels
 from cdnctl.cli.tables import Column, print_table, scaled
 from cdnctl.errors import UsageError
+from cdnctl.units import PEAK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,6 @@ import typer
 from cdnctl.cli.common import start_torch
 from cdnctl.cli.each import look_at_each
 from cdnctl.cli.options import (
-    PEAK,
     Device,
     Json,
     MaxMegapixels,
@@ -22,6 +21,7 @@ from cdnctl.cli.options import (
     Threads,
     parse_sigma,
 )
+from cdnctl.units import PEAK
 
 if TYPE_CHECKING:
     from cdnctl.images import Image

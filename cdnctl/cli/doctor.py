@@ -7,8 +7,9 @@ import platform
 import typer
 
 from cdnctl.cli.common import report_error, start_torch
-from cdnctl.cli.options import PEAK, Device, Threads
+from cdnctl.cli.options import Device, Threads
 from cdnctl.errors import CdnctlError, SetupError
+from cdnctl.units import PEAK
 from cdnctl.version import VERSION
 
 

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from cdnctl.cli.options import PEAK, Json
+from cdnctl.cli.options import Json
 from cdnctl.cli.tables import Column, print_table
 from cdnctl.errors import UsageError
+from cdnctl.units import PEAK
 
 app = typer.Typer(help="List the bundled models, show one, or export trained weights.")
 

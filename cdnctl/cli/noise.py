@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cdnctl.cli.each import look_at_each
-from cdnctl.cli.options import PEAK, Json, MaxMegapixels, Quiet, RangeOption, Recursive
+from cdnctl.cli.options import Json, MaxMegapixels, Quiet, RangeOption, Recursive
+from cdnctl.units import PEAK
 
 if TYPE_CHECKING:
     from cdnctl.images import Image

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdnctl.cli.common import report_error, shown, warn
-from cdnctl.cli.options import PEAK
+from cdnctl.units import PEAK
 
 if TYPE_CHECKING:
     from cdnctl.restore import Restored, Settings

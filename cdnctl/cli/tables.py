@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdnctl.cli.common import save
-from cdnctl.cli.options import PEAK
+from cdnctl.units import PEAK
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
