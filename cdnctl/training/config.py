@@ -184,7 +184,7 @@ def bounds(c: TrainConfig) -> tuple[tuple[str, float, float, float], ...]:
         ("noise.excess", c.noise.excess, 0, 1),
         ("noise.wide", c.noise.wide, 0, 1),
         ("noise.top", c.noise.top, c.noise.high if c.noise.wide else 0, 25500),
-        ("noise.lessons", c.noise.lessons, 0, 255),
+        ("noise.lessons", c.noise.lessons, 0, PEAK),
         ("loss.score", c.loss.score, 0, 1e9),
         ("loss.classes", c.loss.classes, 0, 1e9),
         ("loss.score_power", c.loss.score_power, -10, 10),
