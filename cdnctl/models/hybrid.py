@@ -27,7 +27,9 @@ from cdnctl.models.trunk import (
     Network,
     Normalised,
     Whole,
+    heard,
     make_blocks,
+    make_ears,
     posterior_of,
     resolved,
 )
@@ -52,15 +54,16 @@ class Decoder(nn.Module):
             Conv(w, deeper, config.down, stride=2)
             for w, deeper in zip(config.widths, config.widths[1:], strict=False)
         )
+        self.ears = make_ears(config, config.widths)
         self.out = Conv(config.channels * config.unshuffle**2, config.widths[0], 3, gain=0.1)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
+    def forward(self, features: list[Tensor], n: Normalised) -> Tensor:
         """(B, C, H', W') from the features of all stages; empties the list it is given."""
         h: Tensor | None = None
         for i in reversed(range(len(features))):
             skip = self.skips[i](features.pop())[0]  # (B, widths[i], h_i, w_i)
             h = skip if h is None else skip + _transposed(self.ups[i], h)
-            h = self.blocks[i](h)[0]
+            h = self.blocks[i](heard(self.ears, i, n, h))[0]
         assert h is not None
         return pixel_shuffle(_transposed(self.out, h), self.unshuffle)
 
@@ -90,7 +93,7 @@ class Hybrid(Network):
         if mixture is None:
             features = list(self.trunk.encode(n, self.compute_dtype))
             logits, _ = self.head(features[-1], whole)
-            return n.correction(self.decoder(features).to(n.z.dtype)), logits
+            return n.correction(self.decoder(features, n).to(n.z.dtype)), logits
         features, adjoint = self.trunk(n, self.compute_dtype)
         logits, head_adjoint = self.head(features[-1], whole)
         w = resolved(mixture, logits, whole)
@@ -99,7 +102,7 @@ class Hybrid(Network):
         tilt = w - total * posterior_of(logits, whole)
         pull[-1] = head_adjoint(tilt * (n.sigma / PRIOR_STD).view(-1, 1))
         total = total.view(-1, 1, 1, 1)
-        g = total * self.decoder(features).to(n.z.dtype) + adjoint(pull)
+        g = total * self.decoder(features, n).to(n.z.dtype) + adjoint(pull)
         return n.correction(g, total), logits
 
 

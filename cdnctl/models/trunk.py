@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar, NamedTuple
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdnctl.core.coloured import OCTAVES, Told
 from cdnctl.core.joint import per_class, per_sample
 from cdnctl.models.adjoint import (
     Activation,
@@ -49,7 +50,8 @@ class NetConfig:
     decoder with weights of its own, one entry per stage (none: as many as ``blocks``).
     ``constant`` gives the stem a channel of ones beside the noise level: without it all
     features vanish where the picture is mid-gray and the noise low, and the gradient of
-    their norm has no bound there.
+    their norm has no bound there. ``coloured`` lets every stage hear by how much the noise
+    of each octave and axis of colour differs from white noise, see `core.coloured.Told`.
     """
 
     num_classes: int = 10
@@ -65,6 +67,7 @@ class NetConfig:
     head: int = 512
     decoder: tuple[int, ...] = ()
     constant: bool = False
+    coloured: bool = False
 
     def __post_init__(self) -> None:
         if not self.widths or len(self.widths) != len(self.blocks):
@@ -159,16 +162,27 @@ class Normalised:
     """A noisy picture at unit scale, and the way back.
 
     z = (y - 1/2) / tau, (B, C, H', W'), padded with zeros to multiples of
-    ``multiple``; sigma and tau are (B or 1, 1, 1, 1).
+    ``multiple``; sigma and tau are (B or 1, 1, 1, 1). Of noise that is not white, the spectrum
+    (B, 2 OCTAVES) and the relief (B, 1, H', W') of `Told` come along.
     """
 
-    def __init__(self, y: Tensor, sigma: Tensor | float, multiple: int):
+    def __init__(self, y: Tensor, sigma: Tensor | float | Told, multiple: int):
         self.y = y
-        self.sigma = per_sample(sigma, y).clamp_min(MIN_SIGMA)
+        told = sigma if isinstance(sigma, Told) else None
+        level = told.sigma if told is not None else sigma
+        assert not isinstance(level, Told)
+        self.sigma = per_sample(level, y).clamp_min(MIN_SIGMA)
         self.tau = (self.sigma.square() + PRIOR_STD**2).sqrt()
         z = (y - 0.5) / self.tau
         pad = [-n % multiple for n in y.shape[-2:]]
-        self.z = F.pad(z, (0, pad[1], 0, pad[0])) if any(pad) else z
+        pad = [0, pad[1], 0, pad[0]]
+        self.z = F.pad(z, pad) if any(pad) else z
+        self.spectrum = self.relief = None
+        if told is not None:
+            self.spectrum = told.spectrum.to(z).flatten(1)
+            self.relief = told.relief.to(z)
+            if any(pad):
+                self.relief = F.pad(self.relief, pad, mode="replicate")
 
     def correction(self, g: Tensor, total: Tensor | float = 1.0) -> Tensor:
         """sigma^2 score, like y, where the score's learnt part is g = grad_z(...) at unit scale."""
@@ -220,6 +234,26 @@ def make_blocks(config: NetConfig, width: int, count: int) -> list[nn.Module]:
     ]
 
 
+def make_ears(config: NetConfig, widths: Sequence[int]) -> nn.ModuleList:
+    """For each stage a linear map of the spectrum to its channels; none for deaf networks.
+
+    They start at zero: a network that was trained on white noise stays what it is.
+    """
+    ears = [nn.Linear(2 * OCTAVES, width, bias=False) for width in widths if config.coloured]
+    for ear in ears:
+        nn.init.zeros_(ear.weight)
+    return nn.ModuleList(ears)
+
+
+def heard(ears: nn.ModuleList, stage: int, n: Normalised, h: Tensor) -> Tensor:
+    """Features (B, C, h, w) of a stage moved by what it hears of the noise's spectrum: not at all
+    if that is white. It does not depend on z, so the adjoint is the identity."""
+    if n.spectrum is None or not len(ears):
+        return h
+    shift: Tensor = ears[stage](n.spectrum.to(ears[stage].weight.dtype))
+    return h + shift.to(h.dtype)[:, :, None, None]
+
+
 class Trunk(nn.Module):
     """Encoder: noisy picture and noise level to the features of every stage."""
 
@@ -233,12 +267,15 @@ class Trunk(nn.Module):
             down = [Conv(config.widths[i - 1], width, config.down, stride=2)] if i else []
             stages.append(Chain(*down, *make_blocks(config, width, count)))
         self.stages = nn.ModuleList(stages)
+        self.ears = make_ears(config, [config.widths[0], *config.widths[:-1]])
 
     def folded(self, n: Normalised, dtype: torch.dtype | None) -> Tensor:
         """What the stem reads: squares of z as channels, then the noise level, then the ones."""
         h = F.pixel_unshuffle(n.z, self.config.unshuffle)
         # The noise level in the unit of z: the standard deviation of z's noise.
         level = (n.sigma / n.tau).expand(h.shape[0], 1, *h.shape[-2:])
+        if n.relief is not None:
+            level = level * F.avg_pool2d(n.relief, self.config.unshuffle)
         weight = self.stem.weight.dtype
         dtype = dtype or (weight if weight in HALF else h.dtype)
         extra = [level, torch.ones_like(level)] if self.config.constant else [level]
@@ -248,8 +285,8 @@ class Trunk(nn.Module):
     def encode(self, n: Normalised, dtype: torch.dtype | None) -> Iterator[Tensor]:
         """Features of one stage after the other: no adjoint, hence less memory."""
         h: Tensor = self.stem(self.folded(n, dtype))[0]
-        for stage in self.stages:
-            h = stage(h)[0]
+        for i, stage in enumerate(self.stages):
+            h = stage(heard(self.ears, i, n, h))[0]
             yield h
 
     def forward(
@@ -260,8 +297,8 @@ class Trunk(nn.Module):
         h, stem_adjoint = self.stem(self.folded(n, dtype))
         features: list[Tensor] = []
         adjoints: list[Adjoint] = []
-        for stage in self.stages:
-            h, adjoint = stage(h)
+        for i, stage in enumerate(self.stages):
+            h, adjoint = stage(heard(self.ears, i, n, h))
             features.append(h)
             adjoints.append(adjoint)
 

@@ -33,6 +33,7 @@ from cdnctl.checkpoints import (
     weights_hash,
     write_atomically,
 )
+from cdnctl.core.coloured import Told
 from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
@@ -102,7 +103,10 @@ def losses(model: Network, batch: Batch, config: LossConfig) -> tuple[Tensor, Te
             p = logits.softmax(1)
             return torch.where(batch.condition[:, None], one_hot.to(p.dtype), p)
 
-    denoised, logits = model(_noisy(batch), batch.told, mixture)
+    told: Tensor | Told = batch.told
+    if batch.spectrum is not None and batch.relief is not None:
+        told = Told(batch.told, batch.spectrum, batch.relief)
+    denoised, logits = model(_noisy(batch), told, mixture)
     # A noise level of zero has no score to match; 1/255 bounds the weight.
     # Told too much, it cannot come as near as the noise that is there would allow.
     sigma = torch.maximum(batch.sigma, batch.told).clamp_min(1 / 255)
@@ -448,14 +452,17 @@ def make_model(header: Header, config: TrainConfig, device: torch.device) -> Net
 def _start_from(path: Path, model: Network) -> dict[str, Any]:
     """Give the model the weights of a file; what these say of their own training.
 
-    A model with a channel of ones in its stem may start from one without: it has no weight at
-    first. UsageError if they are those of another network.
+    A model with a channel of ones in its stem may start from one without, and one that hears
+    spectra from one that does not: what is new has no weight at first. UsageError if they are
+    those of another network.
     """
     found, header = load_model(path)
     state = found.state_dict()
     if model.config.constant and not found.config.constant:
         stem = state["trunk.stem.weight"]  # (widths[0], channels and noise level, 3, 3)
         state["trunk.stem.weight"] = torch.cat([stem, torch.zeros_like(stem[:, :1])], 1)
+    if model.config.coloured and not found.config.coloured:
+        state |= {k: v for k, v in model.state_dict().items() if ".ears." in k}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
