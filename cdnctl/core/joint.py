@@ -17,11 +17,18 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from cdnctl.core.coloured import Told
+
 MIN_SIGMA = 1e-4  # below this (0.03 of 255) a noise level is treated as this one
 
 Mixture = Tensor | Callable[[Tensor], Tensor] | None
 """Weights w of class-conditional scores, (B, K) or (K,); or a function that gives them from the
 logits, (B, K) to (B, K); or None for the posterior, which gives the unconditional score."""
+
+
+Sigma = Tensor | float | Told
+"""A noise level, float or (B,), in the unit of the picture; or all that is known of noise that is
+not white, for a network that hears it."""
 
 
 class Whole(NamedTuple):
@@ -44,7 +51,7 @@ class Corrector(Protocol):
     def correction(
         self,
         y: Tensor,
-        sigma: Tensor | float,
+        sigma: Sigma,
         mixture: Mixture = None,
         whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -101,8 +108,9 @@ Model = Joint | HasScore | Corrector
 """What has a score, in one way or another."""
 
 
-def per_sample(sigma: Tensor | float, y: Tensor) -> Tensor:
+def per_sample(sigma: Sigma, y: Tensor) -> Tensor:
     """sigma as (B, 1, 1, 1) or (1, 1, 1, 1), in y's dtype and on its device."""
+    sigma = sigma.sigma if isinstance(sigma, Told) else sigma
     return torch.as_tensor(sigma, dtype=y.dtype, device=y.device).reshape(-1, 1, 1, 1)
 
 

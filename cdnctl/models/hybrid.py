@@ -27,7 +27,9 @@ from cdnctl.models.trunk import (
     Correcting,
     NetConfig,
     Normalised,
+    heard,
     make_blocks,
+    make_ears,
 )
 
 
@@ -50,15 +52,16 @@ class Decoder(nn.Module):
             Conv(w, deeper, config.down, stride=2)
             for w, deeper in zip(config.widths, config.widths[1:], strict=False)
         )
+        self.ears = make_ears(config, config.widths)
         self.out = Conv(config.channels * config.unshuffle**2, config.widths[0], 3, gain=0.1)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
+    def forward(self, features: list[Tensor], n: Normalised) -> Tensor:
         """(B, C, H', W') from the features of all stages; empties the list it is given."""
         h: Tensor | None = None
         for i in reversed(range(len(features))):
             skip = self.skips[i](features.pop())[0]  # (B, widths[i], h_i, w_i)
             h = skip if h is None else skip + _transposed(self.ups[i], h)
-            h = self.blocks[i](h)[0]
+            h = self.blocks[i](heard(self.ears, i, n, h))[0]
         assert h is not None
         return pixel_shuffle(_transposed(self.out, h), self.unshuffle)
 
@@ -78,7 +81,7 @@ class Hybrid(Correcting, Classifying):
         if mixture is None:
             features = list(self.trunk.encode(n, self.compute_dtype))
             logits, _ = self.head(features[-1], whole)
-            return n.correction(self.decoder(features).to(n.z.dtype)), logits
+            return n.correction(self.decoder(features, n).to(n.z.dtype)), logits
         features, adjoint = self.trunk(n, self.compute_dtype)  # (B, widths[i], h_i, w_i) each
         logits, head_adjoint = self.head(features[-1], whole)  # (B, K)
         w = resolved(mixture, logits, whole)  # (B, K)
@@ -87,7 +90,8 @@ class Hybrid(Correcting, Classifying):
         tilt = w - total * posterior_of(logits, whole)
         cotangents[-1] = head_adjoint(tilt * (n.sigma / PRIOR_STD).view(-1, 1))
         total = total.view(-1, 1, 1, 1)
-        g = total * self.decoder(features).to(n.z.dtype) + adjoint(cotangents)  # (B, C, H', W')
+        s = self.decoder(features, n).to(n.z.dtype)  # (B, C, H', W')
+        g = total * s + adjoint(cotangents)
         return n.correction(g, total), logits
 
 

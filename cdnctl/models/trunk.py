@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdnctl.core.joint import MIN_SIGMA, per_sample
+from cdnctl.core.coloured import OCTAVES, Told
+from cdnctl.core.joint import MIN_SIGMA, Sigma, per_sample
 from cdnctl.models.adjoint import (
     Activation,
     Adjoint,
@@ -52,6 +53,7 @@ class NetConfig:
     # A channel of ones beside the noise level: without it all features vanish where the picture
     # is mid-gray and the noise low, and the gradient of their norm has no bound there.
     constant: bool = False
+    coloured: bool = False  # every stage hears how the noise differs from white, see `Told`
 
     def __post_init__(self) -> None:
         if not self.widths or len(self.widths) != len(self.blocks):
@@ -147,16 +149,25 @@ class Normalised:
     """A noisy picture at unit scale, and the way back.
 
     z = (y - 1/2) / tau, (B, C, H', W'), padded with zeros to multiples of
-    ``multiple``; sigma and tau are (B or 1, 1, 1, 1), tau^2 = sigma^2 + s0^2.
+    ``multiple``; sigma and tau are (B or 1, 1, 1, 1), tau^2 = sigma^2 + s0^2. Of noise that is
+    not white, spectrum (B, 2 OCTAVES) and relief (B, 1, H', W') are those of `Told`.
     """
 
-    def __init__(self, y: Tensor, sigma: Tensor | float, multiple: int):
+    def __init__(self, y: Tensor, sigma: Sigma, multiple: int):
         self.y = y
         self.sigma = per_sample(sigma, y).clamp_min(MIN_SIGMA)
         self.tau = (self.sigma.square() + PRIOR_STD**2).sqrt()
         z = (y - 0.5) / self.tau
-        pad = [-n % multiple for n in y.shape[-2:]]
-        self.z = F.pad(z, (0, pad[1], 0, pad[0])) if any(pad) else z
+        rows, columns = (-n % multiple for n in y.shape[-2:])
+        pad = (0, columns, 0, rows)
+        self.z = F.pad(z, pad) if any(pad) else z
+        self.spectrum: Tensor | None = None
+        self.relief: Tensor | None = None
+        if isinstance(sigma, Told):
+            self.spectrum = sigma.spectrum.to(z).flatten(1)
+            self.relief = sigma.relief.to(z)
+            if any(pad):
+                self.relief = F.pad(self.relief, pad, mode="replicate")
 
     def cropped(self, g: Tensor) -> Tensor:
         """(B, C, H', W') without the padding, in the dtype of y: (B, C, H, W)."""
@@ -197,6 +208,29 @@ def make_blocks(config: NetConfig, width: int, count: int) -> list[nn.Module]:
     ]
 
 
+def make_ears(config: NetConfig, widths: Sequence[int]) -> nn.ModuleList:
+    """For each stage a linear map of the noise's spectrum to its channels; none for networks that
+    are not ``coloured``.
+
+    They start at zero: a network that was trained on white noise stays what it is.
+    """
+    ears = [nn.Linear(2 * OCTAVES, width, bias=False) for width in widths if config.coloured]
+    for ear in ears:
+        nn.init.zeros_(ear.weight)
+    return nn.ModuleList(ears)
+
+
+def heard(ears: nn.ModuleList, stage: int, n: Normalised, h: Tensor) -> Tensor:
+    """Features (B, C, h, w) of a stage moved by what it hears of the noise's spectrum: not at all
+    if that is white. It does not depend on z, so the adjoint is the identity."""
+    if n.spectrum is None or not len(ears):
+        return h
+    weight = ears[stage].weight
+    assert isinstance(weight, Tensor)
+    shift = F.linear(n.spectrum.to(weight.dtype), weight)  # (B, C)
+    return h + shift.to(h.dtype)[:, :, None, None]
+
+
 class Trunk(nn.Module):
     """Encoder: noisy picture and noise level to the features of every stage.
 
@@ -213,12 +247,15 @@ class Trunk(nn.Module):
             down = [Conv(config.widths[i - 1], width, config.down, stride=2)] if i else []
             stages.append(Chain(*down, *make_blocks(config, width, count)))
         self.stages = nn.ModuleList(stages)
+        self.ears = make_ears(config, [config.widths[0], *config.widths[:-1]])
 
     def folded(self, n: Normalised, dtype: torch.dtype | None) -> Tensor:
         """What the stem reads: squares of z as channels, then the noise level, then the ones."""
         h = F.pixel_unshuffle(n.z, self.config.unshuffle)  # (B, C s^2, h, w)
         # The noise level in the unit of z: the standard deviation of z's noise.
         level = (n.sigma / n.tau).expand(h.shape[0], 1, *h.shape[-2:])  # (B, 1, h, w)
+        if n.relief is not None:
+            level = level * F.avg_pool2d(n.relief, self.config.unshuffle)
         weight = self.stem.weight.dtype
         dtype = dtype or (weight if weight in HALF else h.dtype)
         extra = [level, torch.ones_like(level)] if self.config.constant else [level]
@@ -228,8 +265,8 @@ class Trunk(nn.Module):
     def encode(self, n: Normalised, dtype: torch.dtype | None) -> Iterator[Tensor]:
         """Features of one stage after the other: no adjoint, hence less memory."""
         h: Tensor = self.stem(self.folded(n, dtype))[0]  # (B, widths[0], h, w)
-        for stage in self.stages:
-            h = stage(h)[0]  # (B, widths[i], h / 2^i, w / 2^i)
+        for i, stage in enumerate(self.stages):
+            h = stage(heard(self.ears, i, n, h))[0]  # (B, widths[i], h / 2^i, w / 2^i)
             yield h
 
     def forward(
@@ -240,8 +277,8 @@ class Trunk(nn.Module):
         h, stem_adjoint = self.stem(self.folded(n, dtype))  # (B, widths[0], h, w)
         features: list[Tensor] = []
         adjoints: list[Adjoint] = []
-        for stage in self.stages:
-            h, adjoint = stage(h)  # (B, widths[i], h / 2^i, w / 2^i)
+        for i, stage in enumerate(self.stages):
+            h, adjoint = stage(heard(self.ears, i, n, h))  # (B, widths[i], h / 2^i, w / 2^i)
             features.append(h)
             adjoints.append(adjoint)
 
@@ -311,17 +348,20 @@ class TrunkNetwork(Network):
         self.config = config
         self.trunk = Trunk(config)
 
-    def normalised(self, y: Tensor, sigma: Tensor | float) -> Normalised:
+    def normalised(self, y: Tensor, sigma: Sigma) -> Normalised:
         """What the trunk reads of a picture."""
         return Normalised(y, sigma, self.config.multiple)
 
     def adopted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a network without a channel of ones in its stem, too: it has no weight at first."""
+        """Of a network without a channel of ones in its stem, or without ears, too: what is new
+        has no weight at first."""
         adopted, key = dict(weights), "trunk.stem.weight"
         if self.config.constant and key in adopted:
             stem = adopted[key]  # (widths[0], C s^2 and noise level, 3, 3)
             if stem.shape[1] == self.trunk.stem.weight.shape[1] - 1:
                 adopted[key] = torch.cat([stem, torch.zeros_like(stem[:, :1])], 1)
+        new = {k: v for k, v in self.state_dict().items() if ".ears." in k}
+        adopted = new | adopted
         return adopted
 
 
@@ -354,7 +394,7 @@ class Correcting(TrunkNetwork, ABC):
     def correction(
         self,
         y: Tensor,
-        sigma: Tensor | float,
+        sigma: Sigma,
         mixture: Mixture = None,
         whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:

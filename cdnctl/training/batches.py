@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cdnctl.core.noise import sample_sigma
+from cdnctl.core.coloured import OCTAVES, camera_knots, camera_levels, curve, local_tone, shaped
+from cdnctl.core.noise import noised, sample_sigma
 from cdnctl.errors import UsageError
 from cdnctl.images import PEAK
 from cdnctl.training.config import DataConfig, LossConfig, NoiseConfig
@@ -32,12 +33,14 @@ class Batch:
     """
 
     clean: Tensor  # (B, C, p, p) in [0, 1]
-    noise: Tensor  # like clean, unit variance
+    noise: Tensor  # like clean, unit variance, of camera noise on average over tones
     sigma: Tensor  # (B,) in [0, 1] pixel units
     told: Tensor  # (B,): sigma, or for some pictures a quarter of it to all of it, or more
     labels: Tensor  # (B,) int64, -1 unlabelled
     condition: Tensor  # (B,) bool
     lesson: Batch | None = None  # pictures for the class loss alone
+    spectrum: Tensor | None = None  # what else is told of camera noise, see `core.coloured.Told`
+    relief: Tensor | None = None
     alone: bool = False  # whether classes are learnt from the lesson and from nothing else
 
 
@@ -102,6 +105,8 @@ class Batches:
             batch = self._with_flats(batch, g, len(which), rows)
         if self.data.patterns:
             batch = self._with_patterns(batch, g, len(which), rows)
+        if self.noise.camera:
+            batch = self._with_camera_noise(batch, g, len(which), rows)
         if self.counts[2]:
             g = self._generator(-1, step)
             which = self._draw(2, step)
@@ -190,6 +195,29 @@ class Batches:
         colours = torch.where(gray < 0.25, full, colours)
         pattern = torch.where(which[:, None].bool(), colours[1], colours[0])
         return _replaced(batch, chosen[rows], pattern[rows])
+
+    def _with_camera_noise(
+        self, batch: Batch, g: torch.Generator, count: int, rows: slice
+    ) -> Batch:
+        """The noise of some crops shaped as cameras do it; what is told of it errs a little."""
+        device, side = batch.clean.device, batch.clean.shape[-1]
+        chosen = torch.rand(count, generator=g) < self.noise.camera
+        levels, knots = camera_levels(count, g), camera_knots(count, g)
+        errors = 0.15 * torch.randn(count, 2, OCTAVES, generator=g)
+        around = side + 16  # shaped noise is periodic
+        white = torch.randn(count, 3, around, around, generator=g)
+        levels, knots, errors = (_send(t[rows], device) for t in (levels, knots, errors))
+        here = _send(chosen[rows], device)
+        noise, spectrum = shaped(_send(white[rows], device), levels)
+        noise = noise[..., :side, :side] * curve(batch.clean.mean(1, keepdim=True), knots)
+        noise = torch.where(here.view(-1, 1, 1, 1), noise, batch.noise)
+        relief = curve(local_tone(noised(batch.clean, batch.sigma, noise)), knots)
+        return replace(
+            batch,
+            noise=noise,
+            spectrum=torch.where(here.view(-1, 1, 1), spectrum + errors, 0),
+            relief=torch.where(here.view(-1, 1, 1, 1), relief, 1),
+        )
 
 
 def _replaced(batch: Batch, here: Tensor, pictures: Tensor) -> Batch:

@@ -46,6 +46,8 @@ class NoiseConfig:
     power: float = 1.0  # sigma = low + (high - low) u^power
     mismatch: float = 0.0  # share of pictures whose noise level is told too low, see Batch
     excess: float = 0.0  # share of pictures that have less noise than is told
+    # Share of pictures with noise as cameras leave it: shaped by octave, colour and tone, and told.
+    camera: float = 0.0
     wide: float = 0.0  # share of pictures with levels from high to top, uniform in their logarithm
     top: float = 0.0
     # Highest level of pictures for the class loss alone, half of which then have none (0: they
@@ -182,6 +184,7 @@ def bounds(c: TrainConfig) -> tuple[tuple[str, float, float, float], ...]:
         ("noise.power", c.noise.power, 0, 100),
         ("noise.mismatch", c.noise.mismatch, 0, 1),
         ("noise.excess", c.noise.excess, 0, 1),
+        ("noise.camera", c.noise.camera, 0, 1),
         ("noise.wide", c.noise.wide, 0, 1),
         ("noise.top", c.noise.top, c.noise.high if c.noise.wide else 0, 25500),
         ("noise.lessons", c.noise.lessons, 0, PEAK),

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdnctl.core.joint import Corrector, HasPosterior, Mixture
+from cdnctl.core.coloured import Told
+from cdnctl.core.joint import Corrector, HasPosterior, Mixture, Sigma
 from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.images import PEAK
 from cdnctl.models import architecture
@@ -33,7 +34,7 @@ class Both(Corrector, HasPosterior, Protocol):
 def joint(model: Both, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Denoise, some pictures given their class, and classify in the same pass."""
     noisy = _noisy(batch)
-    correction, logits = model.correction(noisy, batch.told, _mixture(batch, config))
+    correction, logits = model.correction(noisy, _told(batch), _mixture(batch, config))
     matching = _matching(noisy + correction, batch, config)
     entropy = [] if batch.alone else [cross_entropy(logits, batch.labels, config.smoothing)]
     if batch.lesson is not None:
@@ -44,7 +45,7 @@ def joint(model: Both, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor
 def denoising(model: Corrector, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Denoise; classes have no part in it."""
     noisy = _noisy(batch)
-    matching = _matching(noisy + model.correction(noisy, batch.told)[0], batch, config)
+    matching = _matching(noisy + model.correction(noisy, _told(batch))[0], batch, config)
     return matching, torch.zeros_like(matching)
 
 
@@ -70,6 +71,12 @@ def objective_of(config: TrainConfig) -> Objective:
 
 def _noisy(batch: Batch) -> Tensor:
     return batch.clean + batch.sigma.view(-1, 1, 1, 1) * batch.noise
+
+
+def _told(batch: Batch) -> Sigma:
+    if batch.spectrum is None or batch.relief is None:
+        return batch.told
+    return Told(batch.told, batch.spectrum, batch.relief)
 
 
 def _mixture(batch: Batch, config: LossConfig) -> Mixture:

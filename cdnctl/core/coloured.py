@@ -1,0 +1,123 @@
+"""Noise that is not white noise of one level: stronger in some octaves, colours and places.
+
+Cameras leave such noise: demosaicing and compression take its finest octave, filters that
+overlap make chroma stronger than luma, and light makes it stronger in some tones than in others.
+For n ~ N(0, S) with a known covariance S, E[x | y] = y + S grad log p(y): a network that is to be
+right needs to know S. Here is what it hears of it, `Told`, and how such noise is drawn.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+OCTAVES = 4
+"""Octave j holds wavelengths of 2^(j+1) to 2^(j+2) pixels, the last one all that are longer."""
+
+AXES = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]]) / torch.tensor([[3.0], [2], [6]]).sqrt()
+"""Rows: luma and two axes of chroma, at right angles and of length 1: white stays white."""
+
+TONE_WINDOW = 5  # pixels over which a tone is looked at
+_FADED = 3.0  # most by which the logarithm of an octave's level is said to differ
+
+
+class Told(NamedTuple):
+    """What a network hears of noise, for pictures (B, C, H, W) in [0, 1].
+
+    sigma: (B,), standard deviation of a pixel's noise, mean square over places and channels.
+    spectrum: (B, 2, OCTAVES), of luma and of chroma, the logarithm of the level that white noise
+    of equal strength in that octave would have, over sigma; 0 for white noise.
+    relief: (B, 1, H, W), the standard deviation in each place over sigma; 1 for white noise.
+    """
+
+    sigma: Tensor
+    spectrum: Tensor
+    relief: Tensor
+
+
+def octave_of(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """The octave of each frequency of `torch.fft.fft2`, (H, W), as a number whose integers are
+    the centres of octaves, from -1/2, single pixels, upwards; the mean has infinity."""
+    f = [torch.fft.fftfreq(n, device=device).abs() for n in (height, width)]
+    return -torch.maximum(f[0][:, None], f[1][None]).log2() - 1.5
+
+
+def shaped(white: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """White noise (B, 3, H, W) of unit variance given the relative levels, (B, 2, OCTAVES), of
+    luma and chroma: (B, 3, H, W) of unit variance on average over channels, and its spectrum as in
+    `Told`. Levels are joined smoothly; the borders are periodic."""
+    at = octave_of(white.shape[-2], white.shape[-1], white.device)
+    place = at.clamp(0, OCTAVES - 1)
+    left = place.long().clamp_max(OCTAVES - 2)
+    logs = levels.log()
+    joined = torch.lerp(logs[..., left], logs[..., left + 1], place - left)  # (B, 2, H, W)
+    power = (2 * joined).exp()
+    total = ((power[:, 0] + 2 * power[:, 1]) / 3).mean((1, 2))
+    power = power / total.view(-1, 1, 1, 1)
+    band = (at + 0.5).floor().clamp(0, OCTAVES - 1)
+    bands = torch.stack([(band == j).to(power.dtype) for j in range(OCTAVES)])
+    bands = bands / bands.sum((1, 2), keepdim=True)
+    means = torch.einsum("bahw,jhw->baj", power, bands)
+    gain = power.sqrt()[:, [0, 1, 1]]
+    axes = torch.fft.ifft2(torch.fft.fft2(white) * gain).real
+    return torch.einsum("ac,bahw->bchw", AXES.to(white), axes), said(means.sqrt())
+
+
+def said(relative: Tensor) -> Tensor:
+    """The spectrum of `Told` for levels over sigma."""
+    return relative.clamp_min(1e-6).log().clamp(-_FADED, _FADED)
+
+
+def local_tone(y: Tensor) -> Tensor:
+    """The tone around each pixel of pictures (B, C, H, W): (B, 1, H, W)."""
+    mean = y.mean(1, keepdim=True)
+    return avg_pool2d(mean, TONE_WINDOW, 1, TONE_WINDOW // 2, count_include_pad=False)
+
+
+def curve(tones: Tensor, knots: Tensor) -> Tensor:
+    """Piecewise linear functions through knots (B, K), evenly spaced over [0, 1], of tones
+    (B, 1, H, W), like them; constant beyond the ends."""
+    count = knots.shape[1]
+    place = tones.clamp(0, 1) * (count - 1)
+    left = place.long().clamp_max(count - 2)
+    flat = left.flatten(1)
+    start, end = (knots.gather(1, flat + k).view_as(tones) for k in (0, 1))
+    return torch.lerp(start, end, place - left)
+
+
+def camera_levels(count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Random relative levels as cameras leave them, (count, 2, OCTAVES): luma and chroma.
+
+    The finest octave is weaker than the next by up to three halvings, in chroma by up to four;
+    coarser ones differ from it by chance, and chroma from luma.
+    """
+
+    def normal(std: float) -> Tensor:
+        return std * torch.randn(count, generator=generator)
+
+    def weaker(most: float) -> Tensor:
+        # Now and then not at all.
+        u = torch.rand(2, count, generator=generator)
+        return torch.where(u[0] < 0.2, 0.1 * u[1], most * u[1])
+
+    rows = []
+    for offset, fine in ((torch.zeros(count), 3.0), (0.3 + normal(0.8), 4.0)):
+        second = offset
+        third = second + normal(0.4)
+        rows.append([second - weaker(fine), second, third, third + normal(0.4)])
+    return torch.stack([torch.stack(row, 1) for row in rows], 1).exp2()
+
+
+def camera_knots(count: int, generator: torch.Generator | None = None, knots: int = 5) -> Tensor:
+    """Random curves of noise over tones, (count, knots), positive, whose mean square is 1: the
+    square root of an affine function of a power of light, as often stronger in shadows as in
+    lights."""
+    u = torch.rand(3, count, 1, generator=generator)
+    tone = torch.linspace(0, 1, knots)
+    light = tone ** (0.5 + 2 * u[0])
+    light = torch.where(u[1] < 0.6, 1 - light, light)
+    variance = 0.03 + u[2].square() + (1 - u[2]) * light
+    return (variance / variance.mean(1, keepdim=True)).sqrt()
