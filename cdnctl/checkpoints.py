@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from cdnctl import headers
 from cdnctl.errors import ConfigError, WeightsError
-from cdnctl.files import give_name
+from cdnctl.files import write_atomically
 from cdnctl.models import Network, architecture
 from cdnctl.schema import build
 
@@ -69,25 +67,6 @@ _KINDS: Mapping[str, type] = {
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def write_atomically(path: Path, data: bytes, overwrite: bool = True) -> None:
-    """Write to a temporary file beside ``path``, then rename: never half a file.
-
-    FileExistsError if the name is taken and must not be overwritten.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        give_name(Path(name), path, overwrite)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def save_model(
     path: Path, state: Mapping[str, Tensor], header: Header, dtype: torch.dtype | None = None
 ) -> None:
@@ -101,10 +80,12 @@ def save_model(
 
 def read_header(path: Path) -> Header:
     """The header of a weights file; WeightsError if it is missing, damaged or foreign."""
-    return _open(path)[0]
+    return read_weights(path)[0]
 
 
-def _open(path: Path) -> tuple[Header, dict[str, Tensor]]:
+def read_weights(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    """Header and tensors of a weights file, not checked against each other; WeightsError as
+    `read_header`."""
     if not path.is_file():
         raise WeightsError(f"no weights file {str(path)!r}; 'cdnctl models' lists the bundled ones")
     try:
@@ -118,7 +99,7 @@ def _open(path: Path) -> tuple[Header, dict[str, Tensor]]:
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
         raise WeightsError(
-            f"{str(path)!r} is not a readable safetensors file ({_brief(error)}); "
+            f"{str(path)!r} is not a readable safetensors file ({brief(error)}); "
             "it may be damaged or of another format: fetch or train it again"
         ) from None
 
@@ -146,10 +127,10 @@ def _parse_header(path: Path, raw: str) -> Header:
             classes=classes, sigma_range=(low, high), value_range=(black, white), **values
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{str(path)!r} has a damaged cdnctl header: {_brief(error)}") from None
+        raise WeightsError(f"{str(path)!r} has a damaged cdnctl header: {brief(error)}") from None
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """The start of an error's first line: torch appends stack traces, headers can be huge."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
@@ -169,14 +150,12 @@ def load_model(path: Path) -> tuple[Network, Header]:
 
     WeightsError if tensors are missing, surplus, of another shape, or not finite.
     """
-    header, state = _open(path)
+    header, state = read_weights(path)
     try:
         with torch.device("meta"):  # compare shapes before any memory is taken
             module = build_module(header)
     except (ConfigError, RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise WeightsError(
-            f"{str(path)!r} describes an impossible model: {_brief(error)}"
-        ) from None
+        raise WeightsError(f"{str(path)!r} describes an impossible model: {brief(error)}") from None
     if len(header.classes) != module.num_classes:
         raise WeightsError(
             f"{str(path)!r} names {len(header.classes)} classes, "
@@ -208,135 +187,10 @@ def weights_hash(path: Path) -> str:
     It names weights in reports: scores may be added to the header without changing it.
     """
     digest = hashlib.sha256()
-    for key, value in sorted(_open(path)[1].items()):
+    for key, value in sorted(read_weights(path)[1].items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-_SCORES = ("psnr_noisy", "psnr", "ssim", "psnr_class", "accuracy")
-
-
-def check_scores(report: Any) -> None:
-    """ValueError unless a report is what ``cdnctl evaluate --json`` prints."""
-    try:
-        report["protocol"]["seed"]
-        values = [
-            row.get(key) for row in report["scores"] for key in ("sigma", "pictures", *_SCORES)
-        ]
-    except (KeyError, TypeError, AttributeError, IndexError):
-        raise ValueError("no protocol or no scores") from None
-    if not values:
-        raise ValueError("no scores")
-    if not all(v is None or isinstance(v, int | float) for v in values):
-        raise ValueError("scores that are no numbers")
-
-
-def export(source: Path, target: Path, scores: Mapping[str, Any], half: bool = False) -> None:
-    """Copy a weights file with scores in its header, and write its card beside it (.md).
-
-    half: store float16.
-    """
-    header, state = _open(source)
-    header = replace(header, scores={**header.scores, **scores})
-    save_model(target, state, header, torch.float16 if half else None)
-    write_atomically(target.with_suffix(".md"), card(target).encode())
-
-
-def _budgets(training: Mapping[str, Any]) -> Iterator[str]:
-    """What a training took, and those that it started from."""
-    yield (
-        f"- budget: {training.get('steps', 0)} steps, {training.get('pictures', 0)} pictures, "
-        f"{training.get('seconds', 0) / 60:.0f} minutes"
-    )
-    if before := training.get("started_from"):
-        yield f"- started from weights {before['weights']}, of training data {before['data']}"
-        yield from _budgets(before["training"])
-
-
-def card(path: Path) -> str:
-    """Model card in the form of the Hugging Face hub, made of the header alone."""
-    header, state = _open(path)
-    for data, report in header.scores.items():
-        try:
-            check_scores(report)
-        except ValueError as error:
-            raise WeightsError(f"{str(path)!r} has damaged scores of {data!r}: {error}") from None
-    try:
-        seed = header.training.get("config", {}).get("run", {}).get("seed", 0)
-        budgets = list(_budgets(header.training))
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise WeightsError(
-            f"{str(path)!r} has a damaged account of its training: {_brief(error)}"
-        ) from None
-    low, high = header.sigma_range
-    count = sum(v.numel() for v in state.values())
-    results = [
-        {
-            "task": {"type": "image-to-image", "name": "Gaussian denoising"},
-            "dataset": {"name": data, "type": "image-folder"},
-            "metrics": [
-                {"type": kind, "name": f"{kind}, sigma {_level(row)}", "value": round(row[kind], 4)}
-                for row in report["scores"]
-                for kind in _SCORES
-                if row.get(kind) is not None
-            ],
-        }
-        for data, report in header.scores.items()
-    ]
-    front = {
-        "license": header.licence.lower(),
-        "library_name": "cdnctl",
-        "tags": ["image-denoising", "image-classification", "score-based-model"],
-        "model-index": [{"name": header.name, "results": results}],
-    }
-    # JSON is YAML, so no YAML writer is needed for a block that only programs read.
-    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in front.items()), "---", ""]
-    lines += [
-        f"# {header.name}",
-        "",
-        "Joint model of noisy pictures and classes "
-        "(Classification-Denoising Networks, Thiry and Guth 2024), made by `cdnctl train`.",
-        "",
-        f"- architecture: `{header.arch}`, {count / 1e6:.2f} million parameters, "
-        f"`{json.dumps(dict(header.model))}`",
-        f"- classes: {', '.join(header.classes)}",
-        f"- noise levels seen: {low:.3g} to {high:.3g}, for pixels in [0, 1]; "
-        f"crops of {header.patch} pixels",
-        f"- training data: {header.data}",
-        *budgets,
-        f"- seed {seed}, cdnctl {header.version}, "
-        f"weights {weights_hash(path)}, licence {header.licence}",
-        "",
-        "## Scores",
-        "",
-        "PSNR in dB and SSIM: mean over pictures; output clipped. sigma: on the 0..255 scale. "
-        "'class told': denoised given the true class.",
-    ]
-    for data, report in header.scores.items():
-        lines += [
-            "",
-            f"{data} ({report['scores'][0].get('pictures')} pictures, seed "
-            f"{report['protocol']['seed']}, noise {report['protocol'].get('noise', 'gaussian')}):",
-            "",
-            "| sigma | PSNR | SSIM | PSNR, class told | accuracy |",
-            "|---|---|---|---|---|",
-        ]
-        for row in report["scores"]:
-            cells = [_level(row)]
-            for kind, form in (
-                ("psnr", ".2f"),
-                ("ssim", ".4f"),
-                ("psnr_class", ".2f"),
-                ("accuracy", ".1%"),
-            ):
-                cells.append("-" if row.get(kind) is None else format(row[kind], form))
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _level(row: Mapping[str, Any]) -> str:
-    return "as given" if row.get("sigma") is None else f"{row['sigma']:g}"
 
 
 def weights_folder() -> Path:

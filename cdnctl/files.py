@@ -2,8 +2,76 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import secrets
+import shutil
+from contextlib import suppress
 from pathlib import Path
+
+
+class NotRegularError(OSError):
+    """A name that a folder, a pipe or a device has: nothing to put a file in the place of."""
+
+
+def write_atomically(
+    path: Path,
+    data: bytes,
+    overwrite: bool = True,
+    *,
+    temporary: str | None = None,
+    make_folders: bool = True,
+) -> None:
+    """Write the bytes of a file, all or nothing.
+
+    They go to a file beside it, which is renamed when it is complete. Whatever goes wrong, a
+    keyboard interrupt included, leaves no part of it behind.
+
+    Args:
+        path: Where to; through a symbolic link, so that the link stays and its target is replaced.
+        data: All of them.
+        overwrite: Replace an existing file, which keeps its permissions. Otherwise one of
+            several writers of a name gets it, however close they are.
+        temporary: The `temporary_name` beside it until it is complete; by default a new one.
+        make_folders: Make the folders that it is to lie in, where they are missing.
+
+    Raises:
+        NotRegularError: when there is something under the name that is no file.
+        FileExistsError: when there is a file that must not be replaced.
+        OSError: when it cannot be written there.
+    """
+    target = Path(os.path.realpath(path))
+    part = target.with_name(temporary or temporary_name())
+    if target.exists() and not target.is_file():
+        raise NotRegularError(errno.EINVAL, "it is not a regular file", str(path))
+    if make_folders:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the name with half a file
+        if overwrite and target.exists():
+            shutil.copymode(target, part)
+        give_name(part, target, overwrite)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell
+            part.unlink()
+        raise
+
+
+def temporary_name() -> str:
+    """Return a new name for a file that is being written."""
+    return f".cdnctl-{secrets.token_hex(8)}.tmp"
+
+
+def remove_temporary(path: Path, temporary: str) -> None:
+    """Remove what a killed `write_atomically` to a path under a temporary name has left, if
+    anything."""
+    if re.fullmatch(r"\.cdnctl-[0-9a-f]{16}\.tmp", temporary):  # and never anything else
+        with suppress(OSError):
+            os.unlink(Path(os.path.realpath(path)).with_name(temporary))
 
 
 def give_name(part: Path, target: Path, overwrite: bool) -> None:

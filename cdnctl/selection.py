@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from cdnctl import images
 from cdnctl.api import Model, load
 from cdnctl.checkpoints import Header, bundled, read_header
-from cdnctl.errors import WeightsError
+from cdnctl.errors import ImageError, WeightsError
 
 AUTO = "auto"
 SMALL = 40  # pictures with no side longer than this are taken for small ones
@@ -60,6 +62,15 @@ class Models:
                 f"side: install cdnctl again, or give --model (this picture: {width} x {height})"
             )
         return self._knowing(next(filter(self._knows, order), order[0]))
+
+    def for_files(self, files: Iterable[Path]) -> Model:
+        """The model for the first of these pictures that tells its size: by its header, or where
+        that does not suffice, such as in camera raw, decoded. WeightsError if there is none."""
+        for path in files:
+            with suppress(ImageError):
+                width, height = images.stored_size(path) or images.read(path).samples.shape[1::-1]
+                return self.pick(height, width)
+        return self.pick(1, 1)
 
     def hash_of(self, name: str) -> str | None:
         """Hash of the weights of a model that `pick` may give, by its own name; else None."""

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import CLASSES, noisy_picture, picture, save_tiny, tiny
+from tiny import CLASSES, noisy_picture, picture, save_tiny, tiny, write
 from torch import Tensor, nn
 
 import cdnctl
@@ -618,6 +618,31 @@ def test_auto_takes_the_photo_model_for_a_small_picture_whose_class_it_knows(she
     assert Models("auto", CPU, ["truck"]).pick(32, 32).name == "small"
     assert Models("auto", CPU, ["cat"]).pick(32, 32).name == "small"
     assert Models("auto", CPU, ["cat"]).pick(500, 500).name == "large"
+
+
+def test_auto_picks_for_files_by_their_headers(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the size of the first picture that tells it; where its header does, unread."""
+    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes(write(tmp_path / "b.png", picture(48, 30)).read_bytes()[:99])
+    write(tmp_path / "small.png", picture(20, 30))
+    odd = tmp_path / "odd.png"  # its header tells nothing at once: stands for camera raw
+    odd.write_bytes((tmp_path / "b.png").read_bytes())
+    told = images.stored_size
+
+    def size(path: Path) -> tuple[int, int] | None:
+        return None if path == odd else told(path)
+
+    monkeypatch.setattr(images, "stored_size", size)
+
+    def chosen(*names: str) -> str:
+        return Models("auto", CPU).for_files([tmp_path / name for name in names]).name
+
+    assert chosen("broken.png", "odd.png", "small.png") == "large"
+    monkeypatch.setattr(images, "decode", None)  # no picture is read from here on
+    assert chosen("small.png", "b.png") == chosen() == "small"
+    assert chosen("b.png", "small.png") == chosen("cut.png", "small.png") == "large"
 
 
 def test_auto_never_takes_the_small_model_for_a_photograph(shelf: Path) -> None:

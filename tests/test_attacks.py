@@ -29,7 +29,7 @@ from cdnctl.analysis.attacks import (
 )
 from cdnctl.api import Model
 from cdnctl.errors import UsageError
-from cdnctl.evaluate import Sample, evaluate
+from cdnctl.measure.evaluate import Sample, evaluate
 from cdnctl.restore import View
 
 SHAPE = (3, 5, 4)

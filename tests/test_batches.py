@@ -111,7 +111,7 @@ def equal(a: Batch, b: Batch) -> bool:
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(batch).items() if name != "lesson"}
+    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
 
 
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
@@ -156,6 +156,57 @@ def test_thumbnails_teach_classes_and_nothing_else() -> None:
     assert torch.equal(torch.cat([s.sigma for s in shares if s])[[0, 2, 1, 3]], whole.sigma)
     with pytest.raises(UsageError, match=r"data\.thumbnail = 20"):
         make_batches(pictures, **LESSON | {"thumbnail": 20})
+
+
+def test_lessons_have_little_noise_and_half_of_them_none() -> None:
+    """Labelled pictures teach in both places where none of them are thumbnails."""
+    pictures, _ = collection([(9, 9)] * 8, [0, 1] * 4)
+    asked = LESSON | {"thumbnail": 0, "class_batch": 40}
+    noise = NoiseConfig(high=100, lessons=8)
+    batch = Batches(pictures, DataConfig(**asked), noise, LossConfig(), seed=0)(0)
+    lesson = batch.lesson
+    assert lesson is not None and not batch.alone
+    assert torch.equal(lesson.told, lesson.sigma) and 0 < lesson.sigma.max() <= 8 / 255
+    assert 10 <= int((lesson.sigma == 0).sum()) <= 30
+    assert batch.sigma.max() > 8 / 255
+
+
+def test_some_are_told_more_noise_than_they_have_and_some_have_very_much() -> None:
+    pictures, _ = collection([(9, 9)] * 8, [0, 1] * 4)
+    noise = NoiseConfig(high=100, excess=0.3, wide=0.2, top=1500)
+    data = DataConfig(patch=4, batch=400)
+    batch = Batches(pictures, data, noise, LossConfig(), seed=0)(0)
+    told, sigma = batch.told * 255, batch.sigma * 255
+    assert (told >= sigma).all() and told.max() <= 1500
+    assert 0.2 < (told > sigma).float().mean() < 0.4
+    far = told > 100
+    assert 0.1 < far.float().mean() < 0.3
+    # Uniform in the logarithm: half of them below the geometric mean of the ends.
+    middle = (100 * 1500) ** 0.5
+    assert 0.3 < (told[far] < middle).float().mean() < 0.7
+    plain = Batches(pictures, data, NoiseConfig(high=100), LossConfig(), seed=0)(0)
+    assert torch.equal(plain.noise, batch.noise), "and nothing else is drawn anew"
+
+
+def test_patterns_are_of_two_colours_and_repeat() -> None:
+    pictures, _ = collection([(40, 40)] * 4, [0] * 4)
+    asked = {"patch": 32, "batch": 8}
+    found = {"stripes": 0, "checks": 0}
+    for step in range(20):
+        plain = make_batches(pictures, **asked)(step)
+        batch = make_batches(pictures, **asked, patterns=0.5)(step)
+        assert torch.equal(batch.noise, plain.noise) and torch.equal(batch.sigma, plain.sigma)
+        for clean, before, label in zip(batch.clean, plain.clean, batch.labels, strict=True):
+            if torch.equal(clean, before):
+                continue
+            assert label == -1
+            assert len(clean.flatten(1).unique(dim=1).T) <= 2
+            # Twice the widest band is a period of all.
+            assert torch.equal(clean[:, 16:], clean[:, :-16])
+            assert torch.equal(clean[..., 16:], clean[..., :-16])
+            plain_axis = bool((clean == clean[:, :1]).all() or (clean == clean[..., :1]).all())
+            found["stripes" if plain_axis else "checks"] += 1
+    assert sum(found.values()) in range(50, 111) and min(found.values()) > 10
 
 
 def test_flats_are_linear_in_place_and_as_many_as_asked_for() -> None:

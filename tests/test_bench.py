@@ -13,10 +13,12 @@ import torch
 from processes import Run
 from tiny import picture, save_tiny, write
 
-from cdnctl import benchmark, images, methods, ratios
+from cdnctl import images
 from cdnctl.checkpoints import read_header
+from cdnctl.core.metrics import picture_psnr
+from cdnctl.core.noise import noisy_version
 from cdnctl.errors import CdnctlError
-from cdnctl.evaluate import noisy_version, picture_psnr
+from cdnctl.measure import benchmark, gradient, methods
 from cdnctl.models import NetConfig
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.training.config import DataConfig, TrainConfig
@@ -36,7 +38,7 @@ def test_quality_is_that_of_the_method(tmp_path: Path, cdnctl: Run) -> None:
     for i in range(2):
         write(folder / f"{i}.png", picture(40, 30 + i, top=20 * i))
     options = ("--methods", "wavelet,total variation", "--sigma", "15,50")
-    done = cdnctl("bench", folder, *options, "--json")
+    done = cdnctl("bench", "quality", folder, *options, "--json")
     assert done.code == 0
     (rows,) = done.records
     assert [(r["method"], r["sigma"]) for r in rows] == [
@@ -104,12 +106,12 @@ def test_plot(tmp_path: Path, cdnctl: Run) -> None:
     write(tmp_path / "in" / "a.png", picture(20, 24))
     plot = tmp_path / "plot.png"
     plot.write_text("precious")
-    options = ("bench", "in", "--methods", "wavelet", "--sigma", "10:50:20", "--json", "--plot")
-    done = cdnctl(*options, plot)
+    options = ("--methods", "wavelet", "--sigma", "10:50:20", "--json", "--plot")
+    done = cdnctl("bench", "quality", "in", *options, plot)
     assert done.code == 2 and "plot.png" in done.err and "--overwrite" in done.err
     assert plot.read_text() == "precious"
-    assert cdnctl(*options, "plot.xyz").code == 2
-    done = cdnctl(*options, plot, "--overwrite")
+    assert cdnctl("bench", "quality", "in", *options, "plot.xyz").code == 2
+    done = cdnctl("bench", "quality", "in", *options, plot, "--overwrite")
     assert done.code == 0 and [row["sigma"] for row in done.records[0]] == [10, 30, 50]
     pixels = images.read(plot).pixels
     assert pixels.shape[1] > 2 * pixels.shape[0], "two panels side by side"
@@ -128,10 +130,10 @@ def double(value: Any) -> Any:
 def test_all_ways_compute_the_same() -> None:
     """By autograd and written out: the same picture, the same loss, the same gradients."""
     torch.manual_seed(0)
-    ours, naive = GradResNet(SHAPE).double(), ratios.ByAutograd(SHAPE).double()
+    ours, naive = GradResNet(SHAPE).double(), gradient.ByAutograd(SHAPE).double()
     naive.load_state_dict(ours.state_dict())
     config = TrainConfig(data=DataConfig(patch=8, batch=8))
-    batch = ratios._batch(config.data, 3, 3)
+    batch = gradient._batch(config.data, 3, 3)
     batch = type(batch)(*(double(value) for value in vars(batch).values()))
     assert batch.condition.any() and not batch.condition.all()
 
@@ -149,7 +151,7 @@ def test_all_ways_compute_the_same() -> None:
 @pytest.mark.parametrize("norm", ["pixel", "group"])
 def test_ratios(tmp_path: Path, norm: str) -> None:
     header = read_header(save_tiny(tmp_path / "tiny.safetensors", norm=norm, patch=16))
-    rows = list(ratios.ratios(header, pixels=2**10, rounds=3))
+    rows = list(gradient.ratios(header, pixels=2**10, rounds=3))
     keys = [(r.task, r.precision, r.way) for r in rows]
     assert len(set(keys)) == len(keys) and {r.model for r in rows} == {"tiny"}
     for precision in {r.precision for r in rows}:
@@ -157,8 +159,8 @@ def test_ratios(tmp_path: Path, norm: str) -> None:
             {r.way: r for r in rows if (r.task, r.precision) == (task, precision)}
             for task in sorted(TASKS)
         )
-        assert denoise.keys() == train.keys() | {ratios.FORWARD} and len(denoise) == 4
-        assert denoise[ratios.FORWARD].ratio == train[ratios.UNET].ratio == 1
+        assert denoise.keys() == train.keys() | {gradient.FORWARD} and len(denoise) == 4
+        assert denoise[gradient.FORWARD].ratio == train[gradient.UNET].ratio == 1
         for ways in (denoise, train):
             (reference,) = {r.reference for r in ways.values()}
             assert all(r.seconds_per_megapixel > 0 for r in ways.values())
@@ -167,19 +169,21 @@ def test_ratios(tmp_path: Path, norm: str) -> None:
 
 def test_ways_take_turns() -> None:
     calls: list[str] = []
-    seconds = ratios.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    seconds = gradient.alternate(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3
+    )
     assert calls == ["a", "b"] * 4, "three rounds after one that warms up"
     assert {way: len(times) for way, times in seconds.items()} == {"a": 3, "b": 3}
 
 
 def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = partial(ratios.ratios, pixels=2**12, rounds=1)
-    monkeypatch.setattr(ratios, "ratios", few)
-    done = cdnctl("bench", "--gradient", "--json", "--methods", "cifar10")
+    few = partial(gradient.ratios, pixels=2**12, rounds=1)
+    monkeypatch.setattr(gradient, "ratios", few)
+    done = cdnctl("bench", "gradient", "--json", "--model", "cifar10")
     assert done.code == 0
     (rows,) = done.records
     assert {r["model"] for r in rows} == {"cifar10"} and {r["task"] for r in rows} == TASKS
-    done = cdnctl("bench", "--gradient")
+    done = cdnctl("bench", "gradient")
     assert done.code == 0 and done.text.count("photo") == len(rows)
     for way in {r["way"] for r in rows}:
         assert way in done.text, "names fit into a terminal of 80 columns"
@@ -188,14 +192,14 @@ def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "options, named",
     [
-        (("--gradient", "--methods", "wavelet"), "'wavelet'"),
-        (("--gradient", "--folders"), "--folders, --gradient"),
-        (("--gradient", "in"), "FOLDER, --gradient"),
-        (("--methods", "photo,nonsense"), "'nonsense'"),
-        (("--plot", "plot.png"), "FOLDER"),
-        ((".", "--methods", methods.REFERENCE), "no quality"),
-        (("in", "--sigma", "0:50"), "'0:50'"),
-        (("in", "--sigma", "0:50:25"), "sigma 0"),
+        (("gradient", "--methods", "wavelet"), "no such option: --methods"),
+        (("cost", "--megapixels", "many"), "'many'"),
+        (("cost", "--methods", "photo,nonsense"), "'nonsense'"),
+        (("quality", ".", "--methods", methods.REFERENCE), "no quality"),
+        (("quality", "in", "--sigma", "0:50"), "'0:50'"),
+        (("quality", "in", "--sigma", "0:50:25"), "sigma 0"),
+        (("quality",), "missing argument"),
+        (("pictures",), "the commands of cdnctl bench are quality, cost, folders, gradient"),
     ],
 )
 def test_usage_errors(tmp_path: Path, cdnctl: Run, options: tuple[str, ...], named: str) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cdnctl.api import Model, load
-from cdnctl.checkpoints import bundled, card, read_header
+from cdnctl.cards import card
+from cdnctl.checkpoints import bundled, read_header
 from cdnctl.images import Image
 from cdnctl.restore import Settings, batch_size, restore, restore_batch
 

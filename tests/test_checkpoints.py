@@ -23,19 +23,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cdnctl import checkpoints
+from cdnctl.cards import card, export
 from cdnctl.checkpoints import (
     FORMAT_VERSION,
     Header,
     build_module,
     bundled,
-    card,
-    export,
     load_model,
     read_header,
     save_model,
     weights_folder,
     weights_hash,
-    write_atomically,
 )
 from cdnctl.errors import WeightsError
 
@@ -201,24 +199,6 @@ def test_bundled_weights_are_found_by_name(tmp_path: Path, monkeypatch: pytest.M
     save_model(package / "weights" / "inside.safetensors", tensors(), HEADER)
     assert weights_folder() == package / "weights"  # an installed package
     assert list(bundled()) == ["inside"]
-
-
-def test_a_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "deep" / "file"
-    write_atomically(path, b"old")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
-
-        def fail(*_: Any) -> None:
-            raise OSError("disk full")
-
-        patch.setattr(os, "replace", fail)
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["file"], "no temporary file is left"
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
 
 
 # -- files that are not ours ----------------------------------------------------------------

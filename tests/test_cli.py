@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,6 +23,7 @@ import PIL.Image
 import PIL.ImageCms
 import pytest
 import torch
+import typer
 from processes import COMMAND, Result, Run, checked
 from tiny import CLASSES, files, noisy_picture, picture, save_tiny, write
 
@@ -29,7 +31,8 @@ from cdnctl import checkpoints, headers, images
 from cdnctl import files as naming
 from cdnctl.api import load
 from cdnctl.checkpoints import find_weights, load_model, read_header, save_model, weights_hash
-from cdnctl.cli.common import parse_size
+from cdnctl.cli import app
+from cdnctl.cli.options import parse_size
 from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Image, Metadata
 from cdnctl.training import loop, report
@@ -364,7 +367,13 @@ def test_wrong_values(tmp_path: Path, cdnctl: Run, weights: Path, args: tuple[st
         (("evaluate", "a", "b"), ["b", "cdnctl evaluate --help"]),
         (("models", "nonsense"), ["'nonsense'", "cdnctl models --help"]),
         (("models", "show"), ["missing argument", "cdnctl models show --help"]),
-        (("bench", "--methods", "a,wavelet,b"), ["unknown 'a', 'b'; known:"]),
+        (("bench", "cost", "--methods", "a,wavelet,b"), ["unknown 'a', 'b'; known:"]),
+        (("bench", "pictures"), ["'pictures'", "quality, cost, folders, gradient"]),
+        (("bench", "--gradient"), ["--gradient", "'cdnctl bench gradient'"]),
+        (("bench", "qualty"), ["'qualty'", "'quality'"]),
+        (("evaluate", "a", "--attack", "linf:1"), ["--attack", "'cdnctl attack'"]),
+        (("evaluate", "a", "--ood", "b"), ["--ood", "'cdnctl ood'"]),
+        (("attack", "a", "--radius", "linf"), ["'linf'", "--radius", "linf:4"]),
         (("train", "--set"), ["'--set'"]),
     ],
     ids=lambda args: " ".join(args),
@@ -379,6 +388,10 @@ def test_all_errors_have_one_form(cdnctl: Run, args: Any, words: list[str]) -> N
 def test_help_is_no_error(cdnctl: Run) -> None:
     asked = cdnctl("--help")
     assert asked.code == 0 and "denoise" in asked.text and not asked.err
+    panels = re.findall(r"^╭─ (\w+) ─", asked.text, re.M)
+    assert panels == ["Options", "Restore", "Understand", "Measure", "Models"]
+    shown = set(re.findall(r"^│ (\w+) ", asked.text, re.M))
+    assert shown == set(typer.main.get_group(app).commands), "each in a panel"
     bare = subprocess.run([COMMAND], capture_output=True, text=True)
     assert bare.returncode == 2 and "denoise" in bare.stdout and not bare.stderr
 
@@ -1073,10 +1086,12 @@ def test_a_run_folder_wherever_a_model_is_named(
     both("evaluate", "in", "--sigma", "25", "--json", "--model", best)
     both("models", "show", best)
 
-    bench = cdnctl("bench", "in", "--sigma", "25", "--json", "--methods", f"wavelet,{finished}")
+    bench = cdnctl(
+        "bench", "quality", "in", "--sigma", "25", "--json", "--methods", f"wavelet,{finished}"
+    )
     assert bench.code == 0, bench.err
     assert [row["method"] for row in bench.records[0]] == ["wavelet", str(finished)]
-    cost = cdnctl("bench", "--megapixels", "0.01", "--json", "--methods", finished)
+    cost = cdnctl("bench", "cost", "--megapixels", "0.01", "--json", "--methods", finished)
     assert cost.code == 0 and cost.records[0][0]["method"] == str(finished)
 
     shape = ["widths=[8,16]", "blocks=[1,1]"]
@@ -1093,9 +1108,13 @@ def test_a_run_folder_wherever_a_model_is_named(
         ("classify", "a.png", "--model", finished),
         ("explain", "a.png", "-o", "none.png", "--model", finished),
         ("evaluate", "in", "--model", finished),
+        ("attack", "in", "--model", finished),
+        ("attack", "in", "--from", finished),
+        ("ood", "in", "--model", finished),
+        ("bench", "gradient", "--model", finished),
         ("models", "show", finished),
         ("models", "export", finished, "none.safetensors"),
-        ("bench", "in", "--methods", finished),
+        ("bench", "quality", "in", "--methods", finished),
         (*train, "--init-from", finished),
     ):
         done = cdnctl(*args)

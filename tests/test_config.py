@@ -58,8 +58,6 @@ BAD_CONFIGS = {
     "[model]\narch = ['unet']": ("['unet']", "gradresnet"),
     "[model]\nwidths = [64]": ("widths", "(64,)", "blocks"),
     "[model]\nnorm = 'batch'": ("norm", "'batch'", "pixel"),
-    "[model]\nchannels = 1": ("channels", "1", "3"),
-    "[noise]\nlow = 30\nhigh = 20": ("noise.low", "30", "20"),
     "[noise]\nhigh = nan": ("noise", "nan"),
     "[run]\nprecision = 'half'": ("run.precision", "'half'", "bfloat16"),
     "[data": ("not valid TOML",),

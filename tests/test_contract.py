@@ -25,8 +25,8 @@ from cdnctl.checkpoints import Header, build_module, load_model, save_model
 from cdnctl.core import joint
 from cdnctl.core.joint import Corrector, HasClassFeatures, HasPosterior, Joint, per_sample
 from cdnctl.errors import ConfigError, UsageError
-from cdnctl.evaluate import evaluate, find_samples
 from cdnctl.images import Image
+from cdnctl.measure.evaluate import evaluate, find_samples
 from cdnctl.models import REGISTRY, Architecture, Mixture, Needs, NetConfig, Network, Whole
 from cdnctl.models.baselines import UNet
 from cdnctl.models.gradresnet import GradResNet

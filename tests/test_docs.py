@@ -68,6 +68,7 @@ def test_readme_has_the_two_set_up_commands():
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, place):
     """Commands run in the order of the README: some use what earlier ones made."""
@@ -76,6 +77,7 @@ def test_command(command, place):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_outputs_that_the_readme_promises(place):
     assert iio.imread(place / "photo_denoised.jpg").shape == iio.imread(place / "photo.jpg").shape
     assert len(list((place / "restored").rglob("*.png"))) == 3
@@ -85,6 +87,7 @@ def test_outputs_that_the_readme_promises(place):
         assert (place / "runs" / "1" / name).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", PYTHON)
 def test_python(code, place):
     result = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
@@ -94,7 +97,7 @@ def test_python(code, place):
 def test_options_named_in_the_readme_exist():
     options = set(re.findall(r"`(--[a-z-]+)", README))
     help_texts = ""
-    for command in ("denoise", "classify", "evaluate", "explain", "train", "bench"):
+    for command in ("denoise", "classify", "evaluate", "attack", "explain", "train"):
         env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
         help_texts += subprocess.run(
             [sys.executable, "-m", "cdnctl", command, "--help"],

@@ -28,7 +28,8 @@ from tiny import files, names, noisy_picture, save_tiny, write
 
 from cdnctl import checkpoints, images
 from cdnctl import files as naming
-from cdnctl.cli import common
+from cdnctl.cli import progress
+from cdnctl.images import codec
 from cdnctl.restore.manifest import NAME
 
 OPTIONS = ("--model", "m.safetensors", "--sigma", "25")
@@ -355,7 +356,7 @@ def test_a_picture_for_nobody_is_an_error(place: Path) -> None:
 
 
 def test_lines_of_progress(place: Path, cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "EVERY", 0.02)
+    monkeypatch.setattr(progress, "EVERY", 0.02)
     give_name = naming.give_name
     monkeypatch.setattr("cdnctl.restore.batch.batch_size", lambda *_: 1)
     monkeypatch.setattr("cdnctl.restore.denoise.batch_size", lambda *_: 1)
@@ -385,7 +386,7 @@ def test_time_left_is_that_of_the_work_left(monkeypatch: pytest.MonkeyPatch) -> 
     """Not of the number of items, of which the last may be the most work."""
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    state = common.Progress(6, amount=1010.0)
+    state = progress.Progress(6, amount=1010.0)
     clock[0] += 5
     assert state.line == "0 of 6 done, 0:00:05 so far"
     state.skip(10)
@@ -640,8 +641,8 @@ def test_torchrun(place: Path) -> None:
     "command",
     [
         ("classify", "in", "--model", "m.safetensors"),
-        ("evaluate", "in", "--model", "m.safetensors", "--csv", "rows.csv"),
-        ("bench", "in", "--methods", "wavelet"),
+        ("evaluate", "in", "--model", "m.safetensors", "--csv", "rows.csv", "-q"),
+        ("bench", "quality", "in", "--methods", "wavelet"),
         ("denoise", "in/00.png", "--model", "m.safetensors"),
         ("explain", "in/00.png", "-o", "why.png", "--model", "m.safetensors"),
     ],
@@ -673,7 +674,7 @@ def sleepy_reading() -> None:
             time.sleep(0.01)
         return decode(data, name, max_pixels)
 
-    images.decode = wait
+    images.decode = codec.decode = wait  # that of batches, and that within `read`
 
 
 # -- places where nothing can be written ----------------------------------------------------

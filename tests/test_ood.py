@@ -18,7 +18,6 @@ from cdnctl.analysis.ood import (
     LOG_P,
     SCORE_NORM,
     SOFTMAX,
-    auroc,
     fit,
     measure,
     scores,
@@ -26,7 +25,8 @@ from cdnctl.analysis.ood import (
     synthetic,
 )
 from cdnctl.core import joint
-from cdnctl.evaluate import noisy_version
+from cdnctl.core.metrics import auroc
+from cdnctl.core.noise import noisy_version
 
 SIGMA = 0.2
 ALL = {LOG_P, SCORE_NORM, ERROR, SOFTMAX}

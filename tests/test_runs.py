@@ -16,11 +16,11 @@ from runs import CPU, TINY, after, rows_of, run, same_to_the_bit, state_of
 from safetensors.torch import load_file
 from sets import BROKEN, pack, picture
 
+from cdnctl.cards import card
 from cdnctl.checkpoints import (
     MODEL,
     Header,
     build_module,
-    card,
     load_model,
     read_header,
     save_model,

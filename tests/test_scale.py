@@ -14,8 +14,9 @@ from tiny import noisy_picture, tiny
 from cdnctl import images
 from cdnctl.analysis.attacks import log_posterior
 from cdnctl.api import Model
-from cdnctl.evaluate import Sample, evaluate, noisy_version
+from cdnctl.core.noise import noisy_version
 from cdnctl.images import Image
+from cdnctl.measure.evaluate import Sample, evaluate
 from cdnctl.restore import Settings, classify, restore, restore_batch
 from cdnctl.restore.scale import Shrink
 

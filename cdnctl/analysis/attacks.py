@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from cdnctl.api import Model
+from cdnctl.core.metrics import interval
 from cdnctl.core.mirror import mirrored
+from cdnctl.core.noise import noised
 from cdnctl.errors import UsageError
-from cdnctl.evaluate import batches
+from cdnctl.grouping import batches
 from cdnctl.restore import check_channels
 from cdnctl.restore.scale import Shrink
 
@@ -74,11 +76,8 @@ class Robustness:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the accuracy (Clopper and Pearson 1934), for the draw of pictures."""
-        from scipy.stats import binomtest
-
-        found = binomtest(self.correct, self.pictures).proportion_ci(0.95, "exact")
-        return float(found.low), float(found.high)
+        """95 % interval of the accuracy, for the draw of pictures."""
+        return interval(self.correct, self.pictures)
 
 
 def project(point: Tensor, x: Tensor, norm: str, radius: float) -> Tensor:
@@ -267,7 +266,7 @@ def log_posterior(model: Model, sigma: float, draws: int = 0, seed: int = 0) -> 
     def averaged(y: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         noises = (torch.randn(y.shape[1:], generator=generator).to(y) for _ in range(draws))
-        return torch.stack([one(y + sigma * noise) for noise in noises]).logsumexp(0)
+        return torch.stack([one(noised(y, sigma, noise)) for noise in noises]).logsumexp(0)
 
     return averaged if draws else one
 

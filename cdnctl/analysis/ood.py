@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from cdnctl.api import Model
 from cdnctl.core.joint import Corrector, HasPosterior, Joint, log_marginal
-from cdnctl.evaluate import batches, noisy_version
+from cdnctl.core.metrics import auroc
+from cdnctl.core.noise import noisy_version
+from cdnctl.grouping import batches
 from cdnctl.restore import batch_size
 
 LOG_P, SCORE_NORM, ERROR, SOFTMAX = "log p(y)", "score norm", "denoising error", "max softmax"
@@ -41,16 +43,6 @@ class Separation:
     auroc: float  # 1: always right, 1/2: by chance, 0: always the wrong way round
     pictures: int  # of the model's own kind
     others: int
-
-
-def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
-    """Probability that a score of ``inside`` exceeds one of ``outside``, ties counting half:
-    the area under the ROC curve, by ranks (Mann and Whitney 1947). Both (n,)."""
-    from scipy.stats import rankdata
-
-    n, m = len(inside), len(outside)
-    ranks = rankdata(np.concatenate([inside, outside]))
-    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
 @torch.no_grad()

@@ -11,7 +11,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cdnctl.cli import bench, classify, denoise, evaluate, models, noise, train
+from cdnctl.cli import (
+    attack,
+    bench,
+    classify,
+    denoise,
+    doctor,
+    evaluate,
+    explain,
+    models,
+    noise,
+    ood,
+    train,
+)
 from cdnctl.cli.common import outlive_readers, report_error
 from cdnctl.errors import CdnctlError, SetupError, UsageError
 from cdnctl.version import VERSION
@@ -40,8 +52,15 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _room in (denoise, classify, noise, evaluate, train, models, bench):
-    _room.register(app)
+PANELS = {  # of the help, in its order: the modules whose commands it shows
+    "Restore": (denoise,),
+    "Understand": (classify, explain, noise),
+    "Measure": (evaluate, attack, ood, bench),
+    "Models": (train, models, doctor),
+}
+for _panel, _rooms in PANELS.items():
+    for _room in _rooms:
+        _room.register(app, _panel)
 
 
 def _version(value: bool) -> None:
@@ -68,7 +87,23 @@ def _unparsed(error: Any) -> str:
         rule = faults[0]["msg"].split(",")[0].removeprefix("Input ")
         message = f"{message.partition(': ')[0]}: {str(faults[0]['input'])!r} {rule}"
     command = "cdnctl" if error.ctx is None else error.ctx.command_path
-    return f"{message[0].lower()}{message[1:]} (see {command} --help)"
+    return f"{message[0].lower()}{message[1:]}{_way_on(error)} (see {command} --help)"
+
+
+def _way_on(error: Any) -> str:
+    """What to say of a word that is no option or command here: the command of that name, or the
+    commands that there are."""
+    option = getattr(error, "option_name", None)
+    context = error.ctx
+    while option is not None and context is not None:
+        name = option.lstrip("-")
+        if name in getattr(context.command, "commands", ()):
+            return f"; did you mean the command '{context.command_path} {name}'?"
+        context = context.parent
+    known = getattr(getattr(error.ctx, "command", None), "commands", ())
+    if not known or "Did you mean" in error.message:
+        return ""
+    return f"; the commands of {error.ctx.command_path} are {', '.join(known)}"
 
 
 def _terminate(number: int, frame: object) -> None:

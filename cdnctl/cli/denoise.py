@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -11,13 +10,18 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cdnctl.cli.common import (
     NUMBERS,
-    PEAK,
+    keep_existing,
+    report_error,
+    save_numbers,
+    start_torch,
+)
+from cdnctl.cli.options import (
     ClassOption,
     Device,
     Json,
@@ -30,35 +34,27 @@ from cdnctl.cli.common import (
     Threads,
     WithClasses,
     class_names,
-    keep_existing,
-    need_reader,
     parse_class,
     parse_range,
     parse_sigma,
     parse_size,
     pixel_limit,
-    progress,
-    report_error,
-    save_numbers,
-    shown,
-    start_torch,
-    warn,
 )
+from cdnctl.cli.pipe import pipe
+from cdnctl.cli.printer import STDIO, Printer
+from cdnctl.cli.progress import progress
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from cdnctl.restore import Restored, Settings
     from cdnctl.restore.batch import Batch, Done
     from cdnctl.restore.plan import Job
-    from cdnctl.selection import Models
 
-STDIO = Path("-")
 PIXELS_PER_FILE = 4096  # that take as long as opening, closing and naming files: for progress
 
 
-def register(app: typer.Typer) -> None:
+def register(app: typer.Typer, panel: str) -> None:
     """Add the command to the app."""
-    app.command(cls=WithClasses)(denoise)
+    app.command(cls=WithClasses, rich_help_panel=panel)(denoise)
 
 
 def denoise(
@@ -182,7 +178,7 @@ def denoise(
             raise UsageError(f"{option} works with files, not with -")
         if into:
             raise UsageError(f"with - give a file, not the folder -o {output_name!r}")
-        _pipe(inputs, output, models, settings, max_pixels, strip_metadata, overwrite, printer)
+        pipe(inputs, output, models, settings, max_pixels, strip_metadata, overwrite, printer)
         return
     is_folder = output is not None and (len(inputs) > 1 or inputs[0].is_dir())
     if resume and not is_folder:
@@ -329,57 +325,6 @@ def _report(batch: Batch, jobs: list[Job], passed: list[Job], printer: Printer) 
     return failed
 
 
-def _pipe(
-    inputs: list[Path],
-    output: Path | None,
-    models: Models,
-    settings: Settings,
-    max_pixels: int,
-    strip: bool,
-    overwrite: bool,
-    printer: Printer,
-) -> None:
-    """One picture from standard input and/or to standard output."""
-    from cdnctl import images
-    from cdnctl.errors import ImageError
-    from cdnctl.restore import on_own_scale, on_unit_scale, restore
-    from cdnctl.restore.plan import check_suffix
-
-    if len(inputs) != 1 or output is None:
-        raise UsageError("with - give exactly one input and an output: cdnctl denoise - -o out.png")
-    if output == STDIO:
-        need_reader()
-    else:
-        check_suffix(output)
-        keep_existing(output, overwrite)
-    source = inputs[0]
-    if source == STDIO and sys.stdin is None:
-        raise UsageError("- reads standard input, but that is closed: pipe a picture in")
-    image = images.read(sys.stdin.buffer if source == STDIO else source, max_pixels)
-    image = on_unit_scale(image, settings.range, str(source))
-    started = time.monotonic()
-    with progress(1, printer.quiet, printer.as_json) as advance:
-        chosen = models.pick(*image.samples.shape[:2])
-        restored = restore(image, chosen, settings, advance.within)
-    seconds = time.monotonic() - started
-    result = on_own_scale(restored.image, settings.range)
-    result = replace(result, metadata=images.Metadata()) if strip else result
-    if output != STDIO:
-        suffix = output.suffix.lower()
-        images.write(result, output, overwrite=overwrite)
-    else:
-        suffix = result.suffix
-        try:
-            images.conversions(result, suffix)
-        except ImageError:  # BMP files are read with transparency, but not written
-            suffix = ".png"
-        sys.stdout.buffer.write(images.encode(result, suffix))
-        sys.stdout.buffer.flush()
-    result = replace(result, notes=result.notes + images.conversions(result, suffix))
-    restored = replace(restored, image=result)
-    printer.result(source, output, restored, seconds)
-
-
 def _check_beside(
     option: str, path: Path, jobs: list[Job], suffixes: Collection[str], overwrite: bool
 ) -> None:
@@ -425,92 +370,3 @@ def _write_comparison(job: Job, path: Path, batch: Batch) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     images.write(before_and_after(before, after), path, overwrite=batch.overwrite)
-
-
-class Printer:
-    """Says how each picture went: a line for people or an object for programs."""
-
-    def __init__(self, models: Models, settings: Settings, as_json: bool, quiet: bool):
-        self.models, self.target = models, settings.target
-        self.estimated = settings.sigma is None
-        self.as_json, self.quiet = as_json, quiet
-
-    def result(self, source: Path, output: Path, restored: Restored, seconds: float) -> None:
-        """A picture that was restored; its noise level is in 0..255."""
-        model = self.models.pick(*restored.image.samples.shape[:2])
-        level = restored.sigma * PEAK
-        low, high = (PEAK * s for s in model.sigma_range)
-        if restored.told * PEAK > high + 1e-6:
-            note = " (a gray picture counts sqrt(3)-fold)" if restored.told > restored.sigma else ""
-            warn(
-                f"{shown(source)}: sigma {level:.1f}{note} is outside the range "
-                f"{low:g}..{high:g} that model {model.name!r} was trained on"
-            )
-        # On the 0..255 scale, root mean square.
-        change = restored.class_change
-        change = None if change is None else round(change * PEAK, 6)
-        best = next(iter(restored.posterior.items()), None)
-        # With the picture itself on standard output, remarks go to standard error.
-        stream = sys.stderr if output == STDIO else sys.stdout
-        if self.as_json:
-            record: dict[str, Any] = {
-                "event": "restored",
-                "input": str(source),
-                "output": str(output),
-                "sigma": round(level, 3),
-                "sigma_estimated": self.estimated,
-                "model": model.name,
-                "weights": model.hash,
-                "class_change": change,
-                "posterior": {k: round(v, 6) for k, v in restored.posterior.items()},
-                "held": round(restored.held, 6),
-                "seconds": round(seconds, 4),
-                "notes": list(restored.image.notes),
-            }
-            print(json.dumps(record), file=stream, flush=True)
-        elif not self.quiet:
-            how = "estimated" if self.estimated else "given"
-            where = f"{shown(source)} -> {shown(output)}"
-            parts = [where, f"sigma {level:.1f} ({how})", f"model {model.name}"]
-            if best is not None and (best[1] >= 0.5 or self.target == "auto"):
-                parts.append(f"most probable class {best[0]} ({best[1]:.0%})")
-            if change is not None:
-                amount = f"{change:.2f}" if change >= 0.01 else "less than 0.01"
-                parts.append(f"telling the class changed {amount} of 255 (rms)")
-            print(", ".join([*parts, *restored.image.notes]), file=stream, flush=True)
-
-    def failure(self, done: Done) -> None:
-        """A picture that could not be restored."""
-        if self.as_json:
-            self._event("failed", done.job, error=done.error)
-        else:
-            report_error(str(done.error))
-
-    def skipped(self, job: Job) -> None:
-        """A picture that an earlier run restored."""
-        if self.as_json:
-            self._event("skipped", job)
-
-    def planned(self, job: Job, done: bool) -> None:
-        """A picture that would be restored, or passed over."""
-        if self.as_json:
-            self._event("planned", job, done=done)
-        else:
-            note = ", done before" if done else ""
-            print(f"{shown(job.source)} -> {shown(job.output)}{note}", flush=True)
-
-    def summary(self, counts: Counter[str], seconds: float) -> None:
-        """What became of all pictures."""
-        if self.as_json:
-            kinds = {kind: counts[kind] for kind in ("restored", "skipped", "failed")}
-            record = {"event": "finished", **kinds, "seconds": round(seconds, 3)}
-            print(json.dumps(record), flush=True)
-        elif not self.quiet:
-            plural = "" if counts["restored"] == 1 else "s"
-            done = f"{counts['restored']} picture{plural} restored in {seconds:.1f} s"
-            skipped = f", {counts['skipped']} done before" if counts["skipped"] else ""
-            print(done + skipped, file=sys.stderr, flush=True)
-
-    def _event(self, event: str, job: Job, **more: Any) -> None:
-        record = {"event": event, "input": str(job.source), "output": str(job.output), **more}
-        print(json.dumps(record), flush=True)

@@ -1,25 +1,31 @@
-"""cdnctl models and cdnctl doctor."""
+"""cdnctl models."""
 
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cdnctl.cli.common import PEAK, Device, Json, Threads, print_table, report_error, start_torch
-from cdnctl.errors import CdnctlError, SetupError, UsageError
-from cdnctl.version import VERSION
+from cdnctl.cli.options import PEAK, Json
+from cdnctl.cli.tables import Column, print_table
+from cdnctl.errors import UsageError
 
 app = typer.Typer(help="List the bundled models, show one, or export trained weights.")
 
 
-def register(parent: typer.Typer) -> None:
+COLUMNS = {
+    "name": Column("model"),
+    "arch": Column("architecture"),
+    "levels": Column("noise levels"),
+    "classes": Column("classes", ", ".join),
+}
+
+
+def register(parent: typer.Typer, panel: str) -> None:
     """Add the commands to the app."""
-    parent.add_typer(app, name="models")
-    parent.command()(doctor)
+    parent.add_typer(app, name="models", rich_help_panel=panel)
 
 
 @app.callback(invoke_without_command=True)
@@ -27,21 +33,17 @@ def models(context: typer.Context, as_json: Json = False) -> None:
     """List the bundled models, show one, or export trained weights."""
     if context.invoked_subcommand is not None:
         return
-    from rich.table import Table
-
     from cdnctl.checkpoints import bundled, read_header
 
     headers = {name: read_header(path) for name, path in bundled().items()}
+    rows = [{"name": n, "classes": h.classes, "arch": h.arch} for n, h in headers.items()]
     if as_json:
-        for name, header in headers.items():
-            record = {"name": name, "classes": header.classes, "arch": header.arch}
-            print(json.dumps(record))
+        for row in rows:
+            print(json.dumps(row))
         return
-    table = Table("model", "architecture", "noise levels", "classes")
-    for name, header in headers.items():
-        low, high = (PEAK * s for s in header.sigma_range)
-        table.add_row(name, header.arch, f"{low:g}..{high:g}", ", ".join(header.classes))
-    print_table(table)
+    ranges = ([PEAK * sigma for sigma in h.sigma_range] for h in headers.values())
+    levels = ({"levels": f"{low:g}..{high:g}"} for low, high in ranges)
+    print_table(COLUMNS, [row | level for row, level in zip(rows, levels, strict=True)])
 
 
 @app.command()
@@ -52,7 +54,8 @@ def show(
 ) -> None:
     """Print a model's card: what it is, how it was made, how it scores. Of a run folder: how far
     training is, its scores and config, and what is in it."""
-    from cdnctl.checkpoints import bundled, card, find_weights
+    from cdnctl.cards import card
+    from cdnctl.checkpoints import bundled, find_weights
     from cdnctl.training.report import describe, is_run
 
     if name not in bundled() and is_run(Path(name)):
@@ -75,8 +78,9 @@ def export(
     half: Annotated[bool, typer.Option("--half", help="Store float16.")] = False,
 ) -> None:
     """Copy trained weights with scores in their header, and write their card."""
-    from cdnctl.checkpoints import SUFFIX, check_scores, find_weights
-    from cdnctl.checkpoints import export as export_weights
+    from cdnctl.cards import check_scores
+    from cdnctl.cards import export as export_weights
+    from cdnctl.checkpoints import SUFFIX, find_weights
 
     if target.suffix != SUFFIX:
         raise UsageError(f"{str(target)!r} must end in {SUFFIX}")
@@ -94,59 +98,3 @@ def export(
             ) from None
     export_weights(find_weights(source), target, reports, half)
     print(target)
-
-
-def doctor(device: Device = "auto", threads: Threads = None) -> None:
-    """Check the installation: versions, devices, weights, and a denoise that works."""
-    torch_device = start_torch(device, threads)
-    import torch
-
-    from cdnctl.api import load
-    from cdnctl.checkpoints import bundled, weights_folder
-    from cdnctl.core.metrics import psnr
-    from cdnctl.core.noise import add_noise
-    from cdnctl.runtime import available_devices
-    from cdnctl.selection import AUTO, SMALL, Models
-
-    print(f"cdnctl {VERSION}, Python {platform.python_version()}, {platform.platform()}")
-    for package in (
-        "torch",
-        "imagecodecs",
-        "PIL",
-        "tifffile",
-        "skimage",
-        "safetensors",
-        "typer",
-        "matplotlib",
-    ):
-        module = __import__(package)
-        print(f"  {package} {getattr(module, '__version__', '?')}")
-    print(f"devices: {', '.join(available_devices())}; using {torch_device}, "
-          f"{torch.get_num_threads()} CPU threads")  # fmt: skip
-    found = bundled()
-    print(f"weights: {len(found)} in {weights_folder()}")
-    sound = bool(found)
-    for name in found:
-        try:
-            model = load(name, torch_device)
-            # A smooth picture that every denoiser must improve.
-            ramp = torch.linspace(0.2, 0.8, 64)
-            clean = (ramp[:, None] * ramp[None]).expand(1, 3, 64, 64).contiguous()
-            noisy = add_noise(clean, 25 / PEAK, torch.Generator().manual_seed(0)).to(torch_device)
-            restored = model.denoise(noisy, 25 / PEAK).cpu()
-            before, after = psnr(noisy.cpu(), clean).item(), psnr(restored, clean).item()
-            good = after > before + 3
-            verdict = "works" if good else "DOES NOT WORK"
-            print(f"  {name}: weights {model.hash}, PSNR {before:.1f} -> {after:.1f} dB: {verdict}")
-            sound &= good
-        except CdnctlError as error:
-            report_error(f"{name}: {error}")
-            sound = False
-    try:
-        Models(AUTO, torch_device).pick(SMALL + 1, SMALL + 1)
-    except CdnctlError as error:
-        report_error(str(error))
-        sound = False
-    if not sound:
-        raise SetupError("the installation does not work: install cdnctl again")
-    print("all is well")

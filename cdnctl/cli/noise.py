@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdnctl.cli.common import (
-    PEAK,
-    Json,
-    MaxMegapixels,
-    Quiet,
-    RangeOption,
-    Recursive,
-    need_reader,
-    parse_range,
-    pixel_limit,
-    progress,
-    report_error,
-    shown,
-)
-from cdnctl.errors import ImageError
+from cdnctl.cli.each import look_at_each
+from cdnctl.cli.options import PEAK, Json, MaxMegapixels, Quiet, RangeOption, Recursive
+
+if TYPE_CHECKING:
+    from cdnctl.images import Image
 
 
-def register(app: typer.Typer) -> None:
+def register(app: typer.Typer, panel: str) -> None:
     """Add the command to the app."""
-    app.command()(noise)
+    app.command(rich_help_panel=panel)(noise)
 
 
 def noise(
@@ -43,38 +32,25 @@ def noise(
 
     It is what denoise goes by where no --sigma is given; nothing is written.
     """
-    from cdnctl import images
-    from cdnctl.restore import noise_level, on_unit_scale
-    from cdnctl.restore.plan import expand
+    from cdnctl.restore import noise_level
 
-    files = expand(inputs, recursive)
-    white = parse_range(scale)
-    failed = 0
-    with progress(len(files), quiet, as_json) as advance:
-        for path in files:
-            need_reader()
-            try:
-                image = images.read(path, pixel_limit(max_megapixels))
-                image = on_unit_scale(image, white, str(path))
-                level = noise_level(image.samples, image.alpha)
-            except ImageError as error:
-                failed += 1
-                if as_json:
-                    print(json.dumps({"input": str(path), "error": str(error)}), flush=True)
-                else:
-                    report_error(str(error))
-                advance()
-                continue
-            told = round(PEAK * level.sigma, 3)
-            if as_json:
-                record = {"input": str(path), "sigma": told}
-                if level.noise is not None:
-                    found = level.noise
-                    record |= asdict(found) | {"grain": found.grain, "chroma": found.chroma}
-                print(json.dumps(record), flush=True)
-            else:
-                words = "too small to tell more" if level.noise is None else level.noise.summary()
-                print(f"{shown(path)}: {words}; denoise goes by sigma {told:.1f}", flush=True)
-            advance()
-    if failed:
-        raise typer.Exit(1)
+    def look(image: Image) -> tuple[dict[str, Any], str]:
+        level = noise_level(image.samples, image.alpha)
+        told = round(PEAK * level.sigma, 3)
+        record: dict[str, Any] = {"sigma": told}
+        words = "too small to tell more"
+        if level.noise is not None:
+            found = level.noise
+            record |= asdict(found) | {"grain": found.grain, "chroma": found.chroma}
+            words = found.summary()
+        return record, f"{words}; denoise goes by sigma {told:.1f}"
+
+    look_at_each(
+        inputs,
+        look,
+        recursive=recursive,
+        max_megapixels=max_megapixels,
+        scale=scale,
+        as_json=as_json,
+        quiet=quiet,
+    )

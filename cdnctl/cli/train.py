@@ -9,21 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdnctl.cli.common import (
-    Device,
-    Json,
-    Quiet,
-    Threads,
-    start_torch,
-    stderr,
-    stop_on_signal,
-    warn,
-)
+from cdnctl.cli.common import start_torch, stderr, stop_on_signal, warn
+from cdnctl.cli.options import Device, Json, Quiet, Threads
 from cdnctl.cli.plots import draw, training_panels
+from cdnctl.cli.tables import Column, drawn, print_table
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,10 +30,29 @@ if TYPE_CHECKING:
 
 PROBE_SECONDS = 90.0  # after which a probe begins no further trial, if nothing else is said
 
+STEPS = {  # columns of the live table
+    "step": Column("step"),
+    "left": Column("left"),
+    "rate": Column("pictures/s"),
+    "loss": Column("loss", ".5f"),
+    "score_loss": Column("score", ".5f"),
+    "class_loss": Column("class", ".3f"),
+    "validation": Column("validation"),
+}
+TRIALS = {  # columns of a probe's table
+    "way": Column("way", whole=True),
+    "rate": Column("pictures/s", ".0f"),
+    "first": Column("first, s", ".1f"),
+    "memory": Column("GPU GB", ".1f"),
+    "loss_error": Column("loss off", ".2%"),
+    "gradient_error": Column("gradient off", ".2%"),
+    "remark": Column(""),
+}
 
-def register(app: typer.Typer) -> None:
+
+def register(app: typer.Typer, panel: str) -> None:
     """Add the command to the app."""
-    app.command()(train)
+    app.command(rich_help_panel=panel)(train)
 
 
 def train(
@@ -211,7 +223,7 @@ class _Illustrator:
 
     def __call__(self, folder: Path, step: int, samples: Samples | None = None) -> None:
         """Curves, and the samples of a validation, if not yet done at this step."""
-        from cdnctl.checkpoints import write_atomically
+        from cdnctl.files import write_atomically
         from cdnctl.training.report import CURVES, SAMPLES, read_results, sheet
 
         if step == self.step:
@@ -243,55 +255,32 @@ def _probe(
     trials = probe(config, datasets, device=device, max_seconds=seconds, each=each, loaded=_warn_of)
     best = best_trial(trials)
     choice = {f"run.{k}": getattr(best, k) for k in ("precision", "channels_last", "compile")}
+    rows = [{k: None if v != v else v for k, v in asdict(t).items()} for t in trials]
+    rows = [row | {"sound": t.sound} for row, t in zip(rows, trials, strict=True)]
     if as_json:
-        rows = [
-            {k: None if v != v else v for k, v in asdict(t).items()} | {"sound": t.sound}
-            for t in trials
-        ]
         tolerance = {"loss": LOSS_TOLERANCE, "gradient": GRADIENT_TOLERANCE}
         print(json.dumps({"trials": rows, "tolerance": tolerance, "choice": choice}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("way", "pictures/s", "first, s", "GPU GB", "loss off", "gradient off", "")
-    table.columns[0].no_wrap = True
-    for t in trials:
-        table.add_row(*_trial_cells(t, t is best))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
+    words = [{"way": _way(t), "remark": _remark(t, t is best)} for t in trials]
+    print_table(TRIALS, [row | more for row, more in zip(rows, words, strict=True)])
+    print(
         f"The fastest whose loss is within {LOSS_TOLERANCE:.0%} of float32's and whose gradient "
-        f"within {GRADIENT_TOLERANCE:.0%}:",
-        markup=False,
+        f"within {GRADIENT_TOLERANCE:.0%}:"
     )
-    options = " ".join(f"--set {k}={json.dumps(v)}" for k, v in choice.items())
-    console.print(options, markup=False, soft_wrap=True)
+    print(" ".join(f"--set {k}={json.dumps(v)}" for k, v in choice.items()))
 
 
-def _trial_cells(trial: Trial, best: bool) -> list[str]:
-    """A row of the probe's table."""
-    from rich.markup import escape
+def _way(trial: Trial) -> str:
+    """How it computes, in words."""
+    parts = {"channels-last": trial.channels_last, "compiled": trial.compile}
+    return " ".join([trial.precision, *(part for part, used in parts.items() if used)])
 
-    def number(value: float, form: str) -> str:
-        return "-" if math.isnan(value) else format(value, form)
 
-    remark = "chosen" if best else "" if trial.sound else "too far off"
-    return [
-        " ".join(
-            [
-                trial.precision,
-                *(["channels-last"] if trial.channels_last else []),
-                *(["compiled"] if trial.compile else []),
-            ]
-        ),
-        number(trial.rate, ".0f"),
-        number(trial.first, ".1f"),
-        number(trial.memory, ".1f"),
-        number(trial.loss_error, ".2%"),
-        number(trial.gradient_error, ".2%"),
-        escape(trial.error) if trial.error else remark,
-    ]
+def _remark(trial: Trial, best: bool) -> str:
+    """What became of it."""
+    if trial.error:
+        return trial.error
+    return "chosen" if best else "" if trial.sound else "too far off"
 
 
 def _bundled() -> dict[str, Path]:
@@ -313,29 +302,25 @@ def _watcher(shown: bool) -> Iterator[Callable[[Progress], None]]:
         yield lambda p: console.print(_line(p), markup=False)
         return
     from rich.live import Live
-    from rich.table import Table
 
-    rows: list[list[str]] = []
+    rows: list[dict[str, Any]] = []
 
     def watch(p: Progress) -> None:
-        cells = [
-            f"{p.step}/{p.steps}",
-            _left(p),
-            _rate(p),
-            f"{p.loss:.5f}",
-            f"{p.score_loss:.5f}",
-            f"{p.class_loss:.3f}",
-            _validation(p),
-        ]
-        if p.validation or not rows or rows[-1][-1]:
-            rows.append(cells)
+        row = {
+            "step": f"{p.step}/{p.steps}",
+            "left": _left(p),
+            "rate": _rate(p),
+            "loss": p.loss,
+            "score_loss": p.score_loss,
+            "class_loss": p.class_loss,
+            "validation": _validation(p),
+        }
+        if p.validation or not rows or rows[-1]["validation"]:
+            rows.append(row)
         else:
-            rows[-1] = cells
-        table = Table("step", "left", "pictures/s", "loss", "score", "class", "validation")
-        for row in rows[-12:]:
-            table.add_row(*row)
+            rows[-1] = row
         live.start()  # with the first report: what is said of the start is printed before
-        live.update(table)
+        live.update(drawn(STEPS, rows[-12:]))
 
     live = Live(console=console, refresh_per_second=2, redirect_stdout=False)
     try:

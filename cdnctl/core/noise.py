@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,13 +11,29 @@ from torch import Tensor
 from cdnctl.core.joint import per_sample
 
 
+def noised(x: Tensor, sigma: Tensor | float, noise: Tensor) -> Tensor:
+    """y = x + sigma * noise, like x, not clipped.
+
+    x: (B, C, H, W). sigma: float or (B,), in the unit of x. noise: like x, or one of its pictures.
+    """
+    return x + per_sample(sigma, x) * noise
+
+
 def add_noise(x: Tensor, sigma: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
     """y = x + sigma * eps, eps white Gaussian of unit variance, like x, not clipped.
 
     x: (B, C, H, W). sigma: float or (B,), in the unit of x.
     """
-    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    return x + per_sample(sigma, x) * eps
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return noised(x, sigma, noise)
+
+
+def noisy_version(clean: np.ndarray, sigma: float, name: str, seed: int) -> np.ndarray:
+    """`noised` for a picture of a folder, float32 (H, W, C): its noise depends on name, sigma and
+    seed alone, so neither on the order of the pictures nor on their number."""
+    key = zlib.crc32(f"{name} {sigma:.9f}".encode())
+    noise = np.random.default_rng([seed, key]).standard_normal(clean.shape, np.float32)
+    return clean + np.float32(sigma) * noise
 
 
 def sample_sigma(

@@ -7,6 +7,7 @@ several processes agree on a batch without talking.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,15 +27,18 @@ class Batch:
     ``told`` is what the network hears of sigma. Some pictures may be told less than the
     truth: such noise is all but impossible under p_told, so score matching at the right
     level says nothing about it, and without examples the gradient may be anything there.
+    Others may be told more: so little noise is as improbable under p_told, and a network
+    that has never met it makes a relief of it.
     """
 
     clean: Tensor  # (B, C, p, p) in [0, 1]
     noise: Tensor  # like clean, unit variance
     sigma: Tensor  # (B,) in [0, 1] pixel units
-    told: Tensor  # (B,): sigma, or for some pictures a quarter of it to all of it
+    told: Tensor  # (B,): sigma, or for some pictures a quarter of it to all of it, or more
     labels: Tensor  # (B,) int64, -1 unlabelled
     condition: Tensor  # (B,) bool
-    lesson: Batch | None = None  # pictures for the class loss alone; then these have no part in it
+    lesson: Batch | None = None  # pictures for the class loss alone
+    alone: bool = False  # whether classes are learnt from the lesson and from nothing else
 
 
 class Batches:
@@ -96,14 +100,22 @@ class Batches:
         batch = self._rows(which, self.data.patch, g, rows)
         if self.data.flats:
             batch = self._with_flats(batch, g, len(which), rows)
+        if self.data.patterns:
+            batch = self._with_patterns(batch, g, len(which), rows)
         if self.counts[2]:
             g = self._generator(-1, step)
-            lesson = self._rows(self._draw(2, step), self.data.class_patch, g, rows)
-            batch = replace(batch, lesson=lesson)
+            which = self._draw(2, step)
+            lesson = self._rows(which, self.data.class_patch, g, rows, self.noise.lessons)
+            batch = replace(batch, lesson=lesson, alone=self.data.thumbnail > 0)
         return batch
 
-    def _rows(self, which: Tensor, p: int, g: torch.Generator, rows: slice) -> Batch:
-        """Random crops of p x p pixels, their noise and labels; some rows of all."""
+    def _rows(
+        self, which: Tensor, p: int, g: torch.Generator, rows: slice, most: float = 0.0
+    ) -> Batch:
+        """Random crops of p x p pixels, their noise and labels; some rows of all.
+
+        most: the highest noise level, half of the crops having none (0: levels as configured).
+        """
         b, device = len(which), self.pictures.buffer.device
         labels = self.labels[which]
         labelled = labels >= 0
@@ -123,6 +135,17 @@ class Batches:
             noise = torch.randn(b, self.pictures.channels, p, p, generator=on_device, device=device)
         short = torch.rand(b, generator=g) < self.noise.mismatch
         told = torch.where(short, sigma * (0.25 + 0.75 * torch.rand(b, generator=g)), sigma)
+        if most:
+            sigma = told = most / PEAK * (2 * torch.rand(b, generator=g) - 1).clamp_min(0)
+        else:
+            if self.noise.wide:
+                low, high = math.log(self.noise.high / PEAK), math.log(self.noise.top / PEAK)
+                level = torch.exp(low + (high - low) * torch.rand(b, generator=g))
+                far = torch.rand(b, generator=g) < self.noise.wide
+                sigma, told = torch.where(far, level, sigma), torch.where(far, level, told)
+            if self.noise.excess:
+                less = (torch.rand(b, generator=g) < self.noise.excess) & ~short
+                sigma = torch.where(less, sigma * torch.rand(b, generator=g), sigma)
         whole = torch.stack([which, *corner.unbind(1), turn, labels, condition.long()])
         which, top, left, turn, labels, on = _send(whole[:, rows], device).unbind()
         sigma, told = _send(torch.stack([sigma, told])[:, rows], device).unbind()
@@ -144,14 +167,40 @@ class Batches:
         slopes *= torch.rand(count, 1, 1, 1, generator=g) < 0.5  # the others are flat
         ramp = torch.linspace(-1, 1, batch.clean.shape[-1])
         flat = colour + slopes[0] * ramp + slopes[1] * ramp[:, None]
-        drawn = _send(flat.clamp(0, 1)[rows], batch.clean.device)
-        here = _send(chosen[rows], batch.clean.device)
-        return replace(
-            batch,
-            clean=torch.where(here.view(-1, 1, 1, 1), drawn, batch.clean),
-            labels=torch.where(here, -1, batch.labels),
-            condition=batch.condition & ~here,
-        )
+        return _replaced(batch, chosen[rows], flat.clamp(0, 1)[rows])
+
+    def _with_patterns(self, batch: Batch, g: torch.Generator, count: int, rows: slice) -> Batch:
+        """Some crops replaced by stripes or checks of two colours, half of them black and white
+        or gray, 1 to 8 pixels wide, of no class."""
+        chosen = torch.rand(count, generator=g) < self.data.patterns
+        side = batch.clean.shape[-1]
+        width = 2 ** torch.randint(4, (count, 2), generator=g)
+        width = torch.where(torch.rand(count, 1, generator=g) < 0.5, width[:, :1], width)
+        phase = torch.randint(16, (count, 2), generator=g)
+        place = torch.arange(side)
+        bands = (place + phase[..., None]) // width[..., None] % 2  # (count, 2, side)
+        kind = torch.randint(3, (count,), generator=g)  # stripes across, stripes down, checks
+        bands[:, 0] *= (kind != 1)[:, None]
+        bands[:, 1] *= (kind != 0)[:, None]
+        which = (bands[:, 0, :, None] + bands[:, 1, None, :]) % 2
+        colours = torch.rand(2, count, self.pictures.channels, 1, 1, generator=g)
+        gray = torch.rand(count, 1, 1, 1, generator=g)
+        colours = torch.where(gray < 0.5, colours[:, :, :1], colours)
+        full = torch.arange(2.0).view(2, 1, 1, 1, 1).expand_as(colours)
+        colours = torch.where(gray < 0.25, full, colours)
+        pattern = torch.where(which[:, None].bool(), colours[1], colours[0])
+        return _replaced(batch, chosen[rows], pattern[rows])
+
+
+def _replaced(batch: Batch, here: Tensor, pictures: Tensor) -> Batch:
+    """A batch with other clean pictures in some rows, which then have no class."""
+    pictures, here = _send(pictures, batch.clean.device), _send(here, batch.clean.device)
+    return replace(
+        batch,
+        clean=torch.where(here.view(-1, 1, 1, 1), pictures, batch.clean),
+        labels=torch.where(here, -1, batch.labels),
+        condition=batch.condition & ~here,
+    )
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -33,6 +33,7 @@ class DataConfig:
     # are for the class loss alone (0: none are; else class_batch draws from them).
     thumbnail: int = 0
     flats: float = 0.0  # share of the crops replaced by flat colours and gradients
+    patterns: float = 0.0  # share of them replaced by stripes and checks of 1 to 8 pixels
     holdout: int = 500  # pictures kept out for validation where a dataset has no val/ folder
 
 
@@ -44,6 +45,17 @@ class NoiseConfig:
     high: float = 60.0
     power: float = 1.0  # sigma = low + (high - low) u^power
     mismatch: float = 0.0  # share of pictures whose noise level is told too low, see Batch
+    excess: float = 0.0  # share of pictures that have less noise than is told
+    wide: float = 0.0  # share of pictures with levels from high to top, uniform in their logarithm
+    top: float = 0.0
+    # Highest level of pictures for the class loss alone, half of which then have none (0: they
+    # have the levels of the others).
+    lessons: float = 0.0
+
+    @property
+    def highest(self) -> float:
+        """Of all levels."""
+        return self.top if self.wide else self.high
 
 
 @dataclass(frozen=True)
@@ -163,11 +175,16 @@ def bounds(c: TrainConfig) -> tuple[tuple[str, float, float, float], ...]:
         ("data.class_patch", c.data.class_patch, 1, 4096),
         ("data.thumbnail", c.data.thumbnail, 0, 4096),
         ("data.flats", c.data.flats, 0, 1),
+        ("data.patterns", c.data.patterns, 0, 1),
         ("data.holdout", c.data.holdout, 0, 10**9),
         ("noise.low", c.noise.low, 0, c.noise.high),
         ("noise.high", c.noise.high, c.noise.low, PEAK),
         ("noise.power", c.noise.power, 0, 100),
         ("noise.mismatch", c.noise.mismatch, 0, 1),
+        ("noise.excess", c.noise.excess, 0, 1),
+        ("noise.wide", c.noise.wide, 0, 1),
+        ("noise.top", c.noise.top, c.noise.high if c.noise.wide else 0, 25500),
+        ("noise.lessons", c.noise.lessons, 0, 255),
         ("loss.score", c.loss.score, 0, 1e9),
         ("loss.classes", c.loss.classes, 0, 1e9),
         ("loss.score_power", c.loss.score_power, -10, 10),

@@ -1,7 +1,8 @@
 """What networks are trained to do. An architecture names one of these in its registry line.
 
-An objective gives two losses per picture of a batch, (B,) each: score matching, and cross-entropy
-(of the batch's own lesson where it has one), either of them 0 where it does not apply.
+An objective gives two losses per picture of a batch, (B,) each: score matching, and cross-entropy,
+either of them 0 where it does not apply. The cross-entropy of a batch's lesson comes behind that
+of the batch, or alone.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ def joint(model: Both, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor
     noisy = _noisy(batch)
     correction, logits = model.correction(noisy, batch.told, _mixture(batch, config))
     matching = _matching(noisy + correction, batch, config)
-    lesson = batch.lesson
-    if lesson is None:
-        return matching, cross_entropy(logits, batch.labels, config.smoothing)
-    return matching, _entropy(model, lesson, config)
+    entropy = [] if batch.alone else [cross_entropy(logits, batch.labels, config.smoothing)]
+    if batch.lesson is not None:
+        entropy.append(_entropy(model, batch.lesson, config))
+    return matching, torch.cat(entropy)
 
 
 def denoising(model: Corrector, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,9 @@ def denoising(model: Corrector, batch: Batch, config: LossConfig) -> tuple[Tenso
 
 def classifying(model: HasPosterior, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Classify; noise is there, but nothing to be matched."""
-    entropy = _entropy(model, batch if batch.lesson is None else batch.lesson, config)
+    parts = [] if batch.alone else [batch]
+    parts += [] if batch.lesson is None else [batch.lesson]
+    entropy = torch.cat([_entropy(model, part, config) for part in parts])
     return torch.zeros_like(batch.sigma), entropy
 
 
@@ -83,7 +86,8 @@ def _mixture(batch: Batch, config: LossConfig) -> Mixture:
 
 
 def _matching(denoised: Tensor, batch: Batch, config: LossConfig) -> Tensor:
-    sigma = batch.sigma.clamp_min(QUIETEST)
+    # Told too much, it cannot come as near as the noise that is there would allow.
+    sigma = torch.maximum(batch.sigma, batch.told).clamp_min(QUIETEST)
     return score_matching(denoised, batch.clean, sigma, config.score_power)
 
 

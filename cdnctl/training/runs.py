@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cdnctl.checkpoints import Header, build_module, load_model, weights_hash, write_atomically
+from cdnctl.checkpoints import Header, build_module, load_model, weights_hash
 from cdnctl.errors import UsageError
+from cdnctl.files import write_atomically
 from cdnctl.images import PEAK
 from cdnctl.models import Network, architecture
 from cdnctl.training.config import TrainConfig, override, parse
@@ -191,7 +192,7 @@ def make_header(config: TrainConfig, classes: Sequence[str], datasets: Sequence[
         arch=config.model["arch"],
         model=shape | {"num_classes": len(classes)} if knows else shape,
         classes=tuple(classes) if knows else (),
-        sigma_range=(config.noise.low / PEAK, config.noise.high / PEAK),
+        sigma_range=(config.noise.low / PEAK, config.noise.highest / PEAK),
         patch=config.data.class_patch if config.data.class_batch else config.data.patch,
         data=", ".join(Path(p).resolve().name for p in datasets),
         version=VERSION,

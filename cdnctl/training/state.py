@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from cdnctl.checkpoints import write_atomically
 from cdnctl.errors import TrainingError, UsageError
+from cdnctl.files import write_atomically
 from cdnctl.models import Network
 from cdnctl.training.config import OptimConfig, TrainConfig
 

@@ -75,7 +75,8 @@ def loss_and_gradients(
     """
     parameters = list(model.parameters())
     rows = config.data.batch
-    learners = config.data.class_batch if batch.lesson is not None else rows
+    learners = 0 if batch.alone else rows
+    learners += config.data.class_batch if batch.lesson is not None else 0
     try:
         matching, entropy = objective(model, batch, config.loss)
         parts = torch.stack([matching.sum() / rows, entropy.sum() / learners])

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 
 from cdnctl import images
+from cdnctl.core.metrics import picture_psnr, ssim
+from cdnctl.core.noise import noisy_version
 from cdnctl.errors import CdnctlError
-from cdnctl.evaluate import Sample, noisy_version, picture_psnr, ssim
-from cdnctl.methods import is_model, method
+from cdnctl.measure.evaluate import Sample
+from cdnctl.measure.methods import is_model, method
 from cdnctl.restore import Settings, View, estimate_sigma
 from cdnctl.restore.batch import Batch
 from cdnctl.restore.manifest import Manifest

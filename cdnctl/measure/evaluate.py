@@ -13,13 +13,11 @@ filled up (see ``restore.batch_size``): so no score depends on who shares the ba
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +26,10 @@ from torch import Tensor
 from cdnctl import images
 from cdnctl.api import Model
 from cdnctl.core.joint import Corrector, HasPosterior
-from cdnctl.core.metrics import psnr
+from cdnctl.core.metrics import picture_psnr, ssim
+from cdnctl.core.noise import noisy_version
 from cdnctl.errors import ImageError, UsageError
+from cdnctl.grouping import batches
 from cdnctl.restore import (
     Level,
     View,
@@ -41,10 +41,6 @@ from cdnctl.restore import (
     whole_place,
 )
 from cdnctl.restore.plan import find_pictures
-
-WAITING_PIXELS = 2**22  # that wait for others of their size: some 100 MB
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,57 +116,6 @@ def find_samples(folder: Path, noisy: Path | None, model: Model) -> list[Sample]
             raise UsageError(f"{str(sample.clean)!r} has no noisy partner {str(partner)!r}")
         pairs.append(replace(sample, noisy=partner))
     return pairs
-
-
-def ssim(restored: np.ndarray, clean: np.ndarray) -> float | None:
-    """Structural similarity (Wang et al. 2004: Gaussian window of 1.5 pixels, mean over channels)
-    of (H, W, C) in [0, 1] by scikit-image; None for pictures smaller than its window of 11."""
-    from skimage.metrics import structural_similarity
-
-    if min(clean.shape[:2]) < 11:
-        return None
-    value = structural_similarity(
-        restored.astype(np.float64),
-        clean.astype(np.float64),
-        data_range=1.0,
-        channel_axis=-1,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-    )
-    return float(value)
-
-
-def noisy_version(clean: np.ndarray, sigma: float, name: str, seed: int) -> np.ndarray:
-    """clean + sigma * noise, not clipped; the noise depends on name, sigma and seed alone."""
-    key = zlib.crc32(f"{name} {sigma:.9f}".encode())
-    noise = np.random.default_rng([seed, key]).standard_normal(clean.shape, np.float32)
-    return clean + np.float32(sigma) * noise
-
-
-def batches(
-    items: Iterable[T], kind: Callable[[T], tuple[int, ...]], count: Callable[[int, int], int]
-) -> Iterator[list[T]]:
-    """Lists of items of one kind, which can go through a network together.
-
-    kind: height and width of an item, and whatever else must be equal within a list.
-    count: height and width to the length of a full list. Full lists come at once. Where too
-    many pixels wait, the kind that waits longest comes.
-    """
-    waiting: dict[tuple[int, ...], list[T]] = {}
-    pixels = 0
-    for item in items:
-        key = kind(item)
-        waiting.setdefault(key, []).append(item)
-        pixels += key[0] * key[1]
-        full = len(waiting[key]) == count(key[0], key[1])
-        while full or pixels > WAITING_PIXELS:
-            key = key if full else next(iter(waiting))
-            group = waiting.pop(key)
-            pixels -= len(group) * key[0] * key[1]
-            yield group
-            full = False
-    yield from waiting.values()
 
 
 @dataclass(frozen=True)
@@ -349,12 +294,6 @@ def _one_hot(model: Model, label: str) -> Tensor:
     mixture = model.mixture(label)
     assert mixture is not None
     return mixture
-
-
-def picture_psnr(restored: np.ndarray, clean: np.ndarray) -> float:
-    """PSNR in dB of (H, W, C) in [0, 1]."""
-    a, b = (torch.from_numpy(np.ascontiguousarray(v))[None] for v in (restored, clean))
-    return float(psnr(a, b))
 
 
 def summarise(rows: Iterable[Row], paired: bool = False) -> list[Summary]:

@@ -1,0 +1,167 @@
+"""What users may say to more than one command: options written once, and what they mean.
+
+The command line speaks of noise levels on the 0..255 scale; everything behind it
+has pixels and sigma in [0, 1]. The conversion happens here and in images.py only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+import cdnctl
+from cdnctl.errors import UsageError
+from cdnctl.headers import bundled, classes
+from cdnctl.units import PEAK
+
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads (default: all cores).")
+]
+SigmaOption = Annotated[
+    str, typer.Option("--sigma", help="Noise level on the 0..255 scale, or auto: estimate it.")
+]
+ClassOption = Annotated[
+    str,
+    typer.Option(
+        "--class", help="Class name, none, auto (most probable), or a mixture: cat:0.7,dog:0.3."
+    ),
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", help="auto, a bundled model, a run folder (runs/1), or a .safetensors file."
+    ),
+]
+Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Look into folders' folders.")]
+MaxMegapixels = Annotated[
+    int | None,
+    typer.Option(
+        "--max-megapixels", min=1, help="Refuse pictures of more megapixels (default: 250)."
+    ),
+]
+RangeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--range", help="Black and white of float pictures, such as 0:255 (default: 0:1)."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
+
+
+class WithClasses(TyperCommand):
+    """A command whose help ends with the classes of the bundled models."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Looked up only now: other runs need not wait for it."""
+        from rich.markup import escape
+
+        paths = bundled(Path(cdnctl.__file__).parent)
+        known = {name: ", ".join(classes(path)) for name, path in paths.items()}
+        lines = [f"Classes of {name}: {names}." for name, names in known.items() if names]
+        self.epilog = escape("\n\n".join(lines))
+        super().format_help(ctx, formatter)
+
+
+def parse_sigma(text: str) -> float | None:
+    """A noise level of the command line, 0..255 or ``auto``, in [0, 1] (None: auto)."""
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(
+            f"sigma is {text!r}, but must be a number from 0 to 255, or auto"
+        ) from None
+    if 0 < value < 1:
+        raise UsageError(
+            f"sigma {text} is next to nothing on the 0..255 scale; "
+            f"did you mean --sigma {value * PEAK:g} (that is {text} on a scale of 0..1)?"
+        )
+    if not 0 <= value <= PEAK:
+        raise UsageError(f"sigma is {text}, but must lie between 0 and 255")
+    return value / PEAK
+
+
+def parse_levels(text: str) -> list[float]:
+    """Noise levels in [0, 1]: comma-separated, 0..255, each a number or start:stop:step."""
+    parts: list[str] = []
+    for part in text.split(","):
+        if ":" not in part:
+            parts.append(part)
+            continue
+        try:
+            start, stop, step = (float(number) for number in part.split(":"))
+            count = math.floor((stop - start) / step + 1e-9)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            count = -1
+        if not 0 <= count <= PEAK:
+            raise UsageError(
+                f"{part!r} in --sigma {text!r} is not start:stop:step, such as 0:100:10"
+            )
+        parts += [f"{start + i * step:g}" for i in range(count + 1)]
+    levels = [parse_sigma(part.strip()) for part in parts if part.strip()]
+    if not levels or None in levels:
+        raise UsageError(f"sigma is {text!r}, but must be numbers such as 15,25,50")
+    return [level for level in levels if level is not None]
+
+
+def parse_class(text: str) -> str | dict[str, float] | None:
+    """``none`` (None), ``auto``, a class name or a mixture ``cat:0.7,dog:0.3`` (a dict)."""
+    if text == "none":
+        return None
+    if text == "auto":
+        return text
+    mixture: dict[str, float] = {}
+    for part in text.split(","):
+        name, colon, weight = part.strip().partition(":")
+        try:
+            value = float(weight) if colon else 1.0
+        except ValueError:
+            value = math.nan
+        if not name or not (0 <= value < math.inf):
+            raise UsageError(f"{part!r} in --class {text!r} is not NAME or NAME:WEIGHT (a number)")
+        mixture[name] = mixture.get(name, 0.0) + value
+    return mixture
+
+
+def class_names(target: str | dict[str, float] | None) -> list[str]:
+    """The classes that a parsed --class names."""
+    return list(target) if isinstance(target, dict) else []
+
+
+def parse_range(text: str | None) -> tuple[float, float] | None:
+    """Black and white of float samples, such as 0:255."""
+    if text is None:
+        return None
+    try:
+        black, white = (float(part) for part in text.split(":"))
+    except ValueError:
+        black = white = math.nan
+    if not (math.isfinite(black) and math.isfinite(white) and black < white):
+        raise UsageError(f"--range is {text!r}, but must be black and white, such as 0:255")
+    return black, white
+
+
+def parse_size(text: str) -> int:
+    """An amount of memory, such as 500M, 2G or 1.5GB, in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if not 1 <= size < 2**60:
+        raise UsageError(f"--memory is {text!r}, but must be an amount such as 500M or 2G")
+    return int(size)
+
+
+def pixel_limit(megapixels: int | None) -> int:
+    """The most pixels that a picture may have."""
+    from cdnctl import images
+
+    return images.MAX_PIXELS if megapixels is None else megapixels * images.MEGAPIXEL

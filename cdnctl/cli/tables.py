@@ -1,0 +1,74 @@
+"""Tables: on standard output for people, as CSV files for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdnctl.cli.common import save
+from cdnctl.cli.options import PEAK
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its title, and how its values are written."""
+
+    title: str
+    form: str | Callable[[Any], str] = ""  # a format, such as ".2f", or a function
+    missing: str = "-"  # stands for None
+    whole: bool = False  # never broken over lines
+
+    def cell(self, value: Any) -> str:
+        """A value as it is shown."""
+        if value is None:
+            return self.missing
+        return self.form(value) if callable(self.form) else format(value, self.form)
+
+
+def drawn(columns: Mapping[str, Column], rows: Sequence[Row]) -> Table:
+    """The values of rows that have a column; of what else is in them nothing is shown."""
+    from rich.table import Column as Head
+    from rich.table import Table
+    from rich.text import Text  # plain strings would be searched for markup
+
+    heads = [Head(c.title, overflow="fold", no_wrap=c.whole) for c in columns.values()]
+    table = Table(*heads)
+    for row in rows:
+        table.add_row(*(Text(column.cell(row[key])) for key, column in columns.items()))
+    return table
+
+
+def print_table(columns: Mapping[str, Column], rows: Sequence[Row]) -> None:
+    """A table on standard output. Where that is no terminal, no cell is wrapped."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 100_000  # a table takes no more than it needs
+    Console(highlight=False, width=width).print(drawn(columns, rows))
+
+
+def write_csv(path: Path, rows: Sequence[Row], overwrite: bool) -> None:
+    """All values of rows, which have the same keys, under the keys of the first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    save(path, text.getvalue().encode(), overwrite)
+
+
+def scaled(item: DataclassInstance) -> dict[str, Any]:
+    """A dataclass as a row, with its noise level, if it has one, on the command line's scale."""
+    values = asdict(item)
+    if values["sigma"] is not None:
+        values["sigma"] = round(values["sigma"] * PEAK, 4)
+    return values

@@ -1,0 +1,75 @@
+"""Pictures: from a file to float pixels and back, with everything else in the file kept.
+
+::
+
+    bytes ──decode──▶ Image: samples in the file's dtype + alpha, EXIF, ICC profile, …
+    samples ──to_unit──▶ float32 pixels in [0, 1] ──from_unit──▶ samples
+    Image ──encode──▶ bytes ──save──▶ file
+
+Depth is what the file's header says, never a guess from the values. A picture stays in its own
+dtype, which for most is a quarter of the memory of floats; `to_unit` and `from_unit` also take
+parts of it. Pixels are clipped and rounded in `from_unit` only.
+
+**Colour under alpha 0** cannot be seen, and is often black. A filter that mixes neighbours
+would draw it into the visible edge as a dark fringe. So `read` gives such pixels the colour of
+the nearest visible pixel, and keeps the file's own colour in `Image.hidden`; `write` puts it
+back. Unchanged pixels thus come out as they went in, and changed ones have no fringe.
+
+**A new format** is a module beside `png`, `tiff`, `pillow` and `raw`: ``decode(data, max_pixels)``,
+which asks `build.check_size` before memory is set aside and ends in `build.make_image`;
+``encode(samples, metadata)``; and ``DTYPES``, the dtypes of samples that each suffix can hold.
+`codec` then needs a line each in ``_DTYPES`` (or in READ_SUFFIXES), ``_decode`` and ``encode``, and
+in `conversions` what the format cannot hold. tests/specimens.py takes a small file of its kind,
+which the tests then damage. What Pillow reads and needs no path of its own is a name in
+`pillow.FORMATS` and, where it holds no metadata, in ``pillow._PLAIN``: imageio then reads it.
+"""
+
+from cdnctl.files import remove_temporary, temporary_name
+from cdnctl.images.build import MAX_PIXELS, MEGAPIXEL
+from cdnctl.images.codec import (
+    READ_SUFFIXES,
+    WRITE_SUFFIXES,
+    conversions,
+    count_pixels,
+    decode,
+    encode,
+    is_image_path,
+    read,
+    read_bytes,
+    save,
+    stored_size,
+    write,
+)
+from cdnctl.images.image import Image, Metadata, from_unit, to_unit
+from cdnctl.images.pillow import QUALITY
+from cdnctl.images.quiet import quiet
+from cdnctl.units import PEAK
+
+load = read_bytes
+
+__all__ = [
+    "MAX_PIXELS",
+    "MEGAPIXEL",
+    "PEAK",
+    "QUALITY",
+    "READ_SUFFIXES",
+    "WRITE_SUFFIXES",
+    "Image",
+    "Metadata",
+    "conversions",
+    "count_pixels",
+    "decode",
+    "encode",
+    "from_unit",
+    "is_image_path",
+    "load",
+    "quiet",
+    "read",
+    "read_bytes",
+    "remove_temporary",
+    "save",
+    "stored_size",
+    "temporary_name",
+    "to_unit",
+    "write",
+]
