@@ -32,7 +32,8 @@ def plan(height: int, width: int, tile: int, margin: int, multiple: int) -> list
 
     height, width: multiples of ``multiple``. tile: no tile has more than tile x tile pixels
     with its margins, as far as that leaves a core. Of the sizes that do, the one with the
-    fewest pixels in all tiles together is taken.
+    fewest pixels in all tiles together is taken; without margins all have as many, and the one
+    with the fewest tiles is.
     """
     margin += -margin % multiple
 
@@ -52,8 +53,8 @@ def plan(height: int, width: int, tile: int, margin: int, multiple: int) -> list
     least = min(2 * margin + multiple, height) * min(2 * margin + multiple, width)
     area = max(tile**2, least)
     columns = list(lengths(width))
-    _, h, w = min(
-        (rows * count * h * w, h, w)
+    _, _, h, w = min(
+        (rows * count * h * w, 0 if margin else rows * count, h, w)
         for rows, h in lengths(height)
         # Fewer columns are fewer pixels: the first that fit are the best for this height.
         for count, w in [next(((n, w) for n, w in columns if h * w <= area), (0, 0))]
