@@ -22,7 +22,7 @@ from cdnctl.core.coloured import (
     shaped,
 )
 from cdnctl.models import REGISTRY, NetConfig
-from cdnctl.restore.noise import measure
+from cdnctl.restore.measuring import measure
 
 SHAPE = (2, 3, 32, 32)
 NET = NetConfig(

@@ -295,7 +295,7 @@ def test_an_input_that_changes_while_it_is_read(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The output is of what was read; the next run does not take it for that of the new one."""
-    source, load = place / "in" / "0.png", images.load
+    source, load = place / "in" / "0.png", images.read_bytes
 
     def slow(path: Path) -> bytes:
         data = load(path)
@@ -306,7 +306,7 @@ def test_an_input_that_changes_while_it_is_read(
         return data
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "load", slow)
+        patch.setattr(images, "read_bytes", slow)
         go_on(place)
     assert redone(go_on(place)) == {"0.png"}
 

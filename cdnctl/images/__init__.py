@@ -45,8 +45,6 @@ from cdnctl.images.pillow import QUALITY
 from cdnctl.images.quiet import quiet
 from cdnctl.units import PEAK
 
-load = read_bytes
-
 __all__ = [
     "MAX_PIXELS",
     "MEGAPIXEL",
@@ -62,7 +60,6 @@ __all__ = [
     "encode",
     "from_unit",
     "is_image_path",
-    "load",
     "quiet",
     "read",
     "read_bytes",

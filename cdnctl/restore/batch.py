@@ -205,7 +205,7 @@ class Batch:
             if exists and not overwrite:
                 return self._taken(job)
             time_of_input = changed(job.source)  # before it is read, see there
-            data = images.load(job.source)
+            data = images.read_bytes(job.source)
             image = images.decode(data, str(job.source), self.max_pixels)
             image = on_unit_scale(image, self.settings.range, str(job.source))
             level = noise_level(image.samples, image.alpha, self.settings.sigma)
@@ -332,7 +332,7 @@ class Batch:
         """
         if self.manifest is None or not os.path.exists(job.output):
             return False
-        found = digest(images.load(job.output))
+        found = digest(images.read_bytes(job.output))
         ours = [r for r in self.manifest.records(job.output) if r.get("output_sha256") == found]
         if not ours and not self.overwrite:
             raise ImageError(
