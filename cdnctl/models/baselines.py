@@ -30,4 +30,4 @@ class UNet(Correcting):
         """The learnt score knows no classes: no mixture changes it, and all are as likely."""
         features = list(self.trunk.encode(n, self.compute_dtype))
         logits = n.y.new_zeros(n.y.shape[0], self.num_classes)
-        return n.correction(self.decoder(features).to(n.z.dtype)), logits
+        return n.correction(self.decoder(features, n).to(n.z.dtype)), logits
