@@ -25,7 +25,7 @@ from cdnctl import images
 from cdnctl.errors import CdnctlError
 from cdnctl.evaluate import Sample, noisy_version, picture_psnr, ssim
 from cdnctl.methods import is_model, method
-from cdnctl.restore import Settings, View, estimate_sigma
+from cdnctl.restore import Denoise, Settings, View, estimate_sigma
 from cdnctl.restore.batch import Batch
 from cdnctl.restore.manifest import Manifest
 from cdnctl.restore.plan import Job
@@ -256,7 +256,7 @@ def _plain(folder: Path, jobs: Sequence[Job], models: Models) -> None:
 
 def _batch(folder: Path, jobs: Sequence[Job], models: Models) -> None:
     with Manifest(folder) as manifest:
-        for done in Batch(models, Settings(), manifest=manifest, overwrite=True).run(jobs):
+        for done in Batch(models, Denoise(Settings()), manifest=manifest, overwrite=True).run(jobs):
             assert done.restored is not None, done.error
 
 

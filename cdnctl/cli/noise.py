@@ -56,7 +56,7 @@ def noise(
             try:
                 image = images.read(path, pixel_limit(max_megapixels))
                 image = on_unit_scale(image, white, str(path))
-                level = noise_level(image.samples, image.alpha)
+                level = noise_level(image)
             except ImageError as error:
                 failed += 1
                 if as_json:
