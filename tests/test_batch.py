@@ -27,7 +27,7 @@ from cdnctl import files as naming
 from cdnctl import images
 from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Image, Metadata
-from cdnctl.restore import Level, Restored, Settings, batch_size, noise_level, restore
+from cdnctl.restore import Denoise, Level, Restored, Settings, batch_size, noise_level, restore
 from cdnctl.restore.batch import AHEAD, LARGE_PIXELS, Batch, Done, count_pixels, large_last
 from cdnctl.restore.plan import Job, default_output, expand, find_pictures, plan
 from cdnctl.selection import Models
@@ -368,11 +368,11 @@ def test_an_output_that_appears_meanwhile_is_left_alone(
 # -- many files -----------------------------------------------------------------------------
 
 
-def batch(place: Path, options: Settings = Settings(SIGMA), **more: Any) -> Batch:  # noqa: B008
+def batch(place: Path, options: Settings = Settings(SIGMA), **more: Any) -> Batch[Restored]:  # noqa: B008
     """With a tiny model; outputs of an earlier run may be replaced."""
     weights = place / "m.safetensors"
     models = Models(str(weights if weights.exists() else save_tiny(weights)), CPU)
-    return Batch(models, options, **({"overwrite": True} | more))
+    return Batch(models, Denoise(options), **({"overwrite": True} | more))
 
 
 def write_pictures(folder: Path, *names: str) -> None:
@@ -389,7 +389,7 @@ def test_a_bad_file_costs_that_file_alone(tmp_path: Path) -> None:
     (source / "f.png").write_bytes((source / "a.png").read_bytes()[:200])
     before = files(source)
     models = Models(str(save_tiny(tmp_path / "m.safetensors")), CPU)
-    done = list(Batch(models, Settings(SIGMA)).run(plan([source], out, True)))
+    done = list(Batch(models, Denoise(Settings(SIGMA))).run(plan([source], out, True)))
 
     bad = {d.job.source.name: d.error for d in done if d.error is not None}
     assert bad.keys() == {"b.png", "e.png", "f.png"}
@@ -411,7 +411,7 @@ def test_an_output_that_cannot_be_written_costs_that_file_alone(tmp_path: Path) 
         Job(tmp_path / "in/c.png", tmp_path / "in"),  # a folder
     ]
     models = Models(str(save_tiny(tmp_path / "m.safetensors")), CPU)
-    done = {d.job: d for d in Batch(models, Settings(SIGMA)).run(jobs)}
+    done = {d.job: d for d in Batch(models, Denoise(Settings(SIGMA))).run(jobs)}
     first, second, third = (done[job] for job in jobs)
     assert first.error is None and (tmp_path / "out/a.png").is_file()
     assert second.error is not None and "b.png" in second.error
@@ -434,7 +434,7 @@ def test_an_interrupted_write_leaves_nothing(
 
     monkeypatch.setattr(naming, "give_name", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        list(Batch(models, Settings(SIGMA)).run(jobs))
+        list(Batch(models, Denoise(Settings(SIGMA))).run(jobs))
     assert files(tmp_path / "out").keys() == {"a.png"}
     images.read(tmp_path / "out/a.png")
 
@@ -512,12 +512,12 @@ def test_memory_that_runs_out_while_reading_costs_that_file(
     write(tmp_path / "in" / "large.png", noisy_picture(30, 30))
     measured = noise_level
 
-    def greedy(samples: np.ndarray, alpha: np.ndarray | None, sigma: float | None) -> Level:
-        if samples.shape[0] == 30:
+    def greedy(image: Image, sigma: float | None) -> Level:
+        if image.samples.shape[0] == 30:
             raise MemoryError
-        return measured(samples, alpha, sigma)
+        return measured(image, sigma=sigma)
 
-    monkeypatch.setattr("cdnctl.restore.batch.noise_level", greedy)
+    monkeypatch.setattr("cdnctl.restore.denoise.noise_level", greedy)
     jobs = plan([tmp_path / "in"], tmp_path / "out", False)
     errors = {d.job.source.name: d.error for d in batch(tmp_path, Settings()).run(jobs)}
     assert {n for n, e in errors.items() if e} == {"large.png"}
@@ -599,9 +599,9 @@ def test_small_pictures_do_not_wait_for_a_large_one(
         return restore(image, *args)
 
     monkeypatch.setattr(naming, "give_name", slow)
-    monkeypatch.setattr("cdnctl.restore.batch.restore", started)
+    monkeypatch.setattr("cdnctl.restore.denoise.restore", started)
     monkeypatch.setattr(
-        "cdnctl.restore.batch.batch_size", lambda h, w: batch_size(h, w) if h < 99 else 1
+        "cdnctl.restore.denoise.batch_size", lambda h, w: batch_size(h, w) if h < 99 else 1
     )
     for done in batch(tmp_path).run(plan([tmp_path / "in"], tmp_path / "out", False)):
         told.append(done.job)
@@ -622,7 +622,7 @@ def test_what_is_written_after_the_end_is_told(
 ) -> None:
     """By a run that is closed while threads still write."""
     write_pictures(tmp_path / "in", *(f"{i}.png" for i in range(40)))
-    monkeypatch.setattr("cdnctl.restore.batch.batch_size", lambda *_: 1)
+    monkeypatch.setattr("cdnctl.restore.denoise.batch_size", lambda *_: 1)
     give_name = naming.give_name
 
     def slow(part: Path, target: Path, overwrite: bool) -> None:
@@ -714,6 +714,6 @@ def test_metadata_is_stripped_if_wanted(tmp_path: Path) -> None:
     models = Models(str(save_tiny(tmp_path / "m.safetensors")), CPU)
     for strip in (False, True):
         job = Job(tmp_path / "a.png", tmp_path / f"{strip}.png")
-        list(Batch(models, Settings(SIGMA), strip_metadata=strip).run([job]))
+        list(Batch(models, Denoise(Settings(SIGMA)), strip_metadata=strip).run([job]))
         assert (b"secret" in job.output.read_bytes()) == (not strip)
         assert (images.read(job.output).metadata == Metadata()) == strip

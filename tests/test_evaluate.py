@@ -13,7 +13,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tiny import CLASSES, noisy_picture, picture, tiny
 from torch import Tensor
 
-import cdnctl.measure.evaluate
 from cdnctl import grouping, images, restore
 from cdnctl.api import Model
 from cdnctl.core.metrics import picture_psnr, ssim
@@ -313,7 +312,8 @@ def test_a_batch_gives_what_each_picture_gives_alone(
     assert restore.batch_size(20, 24) > len(samples)
     together = list(evaluate(samples, network, levels))
     with monkeypatch.context() as patch:
-        patch.setattr(cdnctl.measure.evaluate, "batch_size", lambda height, width: 1)
+        for place in ("measure.evaluate", "restore.stack"):
+            patch.setattr(f"cdnctl.{place}.batch_size", lambda height, width: 1)
         alone = list(evaluate(samples, network, levels))
     assert [r.error for r in together] == [r.error for r in alone]
     for a, b in zip(together, alone, strict=True):
@@ -350,8 +350,10 @@ def test_tiles_give_what_the_whole_gives(
     """Big pictures go alone and in tiles; class scores are those of the whole picture."""
     sample = Sample(write(tmp_path / "a.tif", picture(130, 70)), "dog")
     (whole,) = evaluate([sample], model, SIGMAS[1:])
-    monkeypatch.setattr("cdnctl.restore.view.DEFAULT_TILE", 64)
-    monkeypatch.setattr(cdnctl.measure.evaluate, "batch_size", lambda height, width: 1)
+    for name in ("view.DEFAULT_TILE", "view.MIN_TILE"):
+        monkeypatch.setattr(f"cdnctl.restore.{name}", 64)
+    for place in ("measure.evaluate", "restore.stack"):
+        monkeypatch.setattr(f"cdnctl.{place}.batch_size", lambda height, width: 1)
     assert len(restore.View(model, picture(130, 70), 0.1).tiles) > 1
     (tiled,) = evaluate([sample], model, SIGMAS[1:])
     assert tiled.predicted == whole.predicted

@@ -358,7 +358,6 @@ def test_a_picture_for_nobody_is_an_error(place: Path) -> None:
 def test_lines_of_progress(place: Path, cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "EVERY", 0.02)
     give_name = naming.give_name
-    monkeypatch.setattr("cdnctl.restore.batch.batch_size", lambda *_: 1)
     monkeypatch.setattr("cdnctl.restore.denoise.batch_size", lambda *_: 1)
 
     def slow(part: Path, target: Path, overwrite: bool) -> None:

@@ -21,7 +21,7 @@ from tiny import files, names, noisy_picture, save_tiny, write
 from cdnctl import files as naming
 from cdnctl import images
 from cdnctl.errors import SetupError, UsageError
-from cdnctl.restore import Settings
+from cdnctl.restore import Denoise, Settings
 from cdnctl.restore.batch import Batch, Done
 from cdnctl.restore.manifest import NAME, Manifest, Origin, changed, digest, parts
 from cdnctl.restore.plan import plan
@@ -196,7 +196,7 @@ def go_on(
     """What ``denoise in -o out --resume`` does to each input."""
     batch = Batch(
         Models(str(place / f"{model}.safetensors"), CPU),
-        settings,
+        Denoise(settings),
         resume=True,
         manifest=Manifest(place / "out"),
         **options,  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from cdnctl.api import Model
 from cdnctl.core.joint import MIN_SIGMA, Corrector, HasPosterior
 from cdnctl.errors import UsageError
 from cdnctl.images import PEAK, Image, to_unit
-from cdnctl.restore import View, at_class_scale, default_tile, memory_errors, ranked
+from cdnctl.restore import View, at_class_scale, memory_errors, ranked
 
 DRAWS = 32  # of noise and shift: a pass each over some 64 x 64 pixels
 SMOOTHING_SIGMA = 25 / PEAK  # of the noise that is added
@@ -72,12 +72,11 @@ def evidence(
     """
     if not (isinstance(model.module, Corrector) and isinstance(model.module, HasPosterior)):
         raise UsageError(f"model {model.name!r} ({model.header.arch}) has no joint density")
-    tile = default_tile(model)
-    scaled = at_class_scale(View(model, pixels, sigma, tile), tile)
+    scaled = at_class_scale(View(model, pixels, sigma))
     small = to_unit(scaled.pixels)  # of a gray picture one channel, however it is stored
 
     with memory_errors(scaled):
-        correction, logits = View(model, small, scaled.sigma, tile).solve()
+        correction, logits = View(model, small, scaled.sigma).solve()
         order = ranked(model, logits)
         label = next(iter(order)) if label is None else label
         one_hot = model.mixture(label)
@@ -88,10 +87,10 @@ def evidence(
             added = math.sqrt(level**2 - scaled.sigma**2)
             gradient = np.zeros_like(small)
             for y in _looks(small, added, model, draws, seed):
-                found = _gradient(View(model, y, level, tile), one_hot)
+                found = _gradient(View(model, y, level), one_hot)
                 gradient += found[-small.shape[0] :, -small.shape[1] :] / np.float32(draws)
         else:
-            gradient = _gradient(View(model, small, scaled.sigma, tile), one_hot)
+            gradient = _gradient(View(model, small, scaled.sigma), one_hot)
     shown = small + correction
     support = (gradient * (shown - shown.mean((0, 1)))).sum(-1)
     return Evidence(label, gradient, support, order)

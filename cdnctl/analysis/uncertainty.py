@@ -18,7 +18,14 @@ from torch.nn.functional import avg_pool2d
 from cdnctl import figures
 from cdnctl.api import Model
 from cdnctl.images import PEAK, Image
-from cdnctl.restore import Settings, View, choose_class, class_mixture, noise_level
+from cdnctl.restore import (
+    Settings,
+    View,
+    choose_class,
+    class_mixture,
+    in_tiles_that_fit,
+    noise_level,
+)
 
 BLUR = 3  # pixels, standard deviation of the window of what is drawn
 WINDOW = 9  # pixels, over which the variances of a whole picture are averaged
@@ -75,23 +82,27 @@ def posterior_std(
     units (root mean square over channels, variances averaged over 9 x 9 pixels), and sigma.
     The class mixture w is held fixed, so it is the mean over classes of the posterior variance
     given the class; what the classes differ in, sum_c w_c (D_c - D)^2, is left out.
+    ImageError if memory does not suffice; without a ``settings.tile`` smaller tiles are tried
+    first.
     """
-    sigma = settings.sigma
-    if sigma is None:
-        sigma = noise_level(image.samples, image.alpha).sigma
-    view = View(model, image.samples, sigma, settings.tile)
-    mixture = None
-    if settings.target is not None:
-        settings, _ = choose_class(view, settings)
-        mixture = class_mixture(model, settings, view.logits())
-    generator = torch.Generator().manual_seed(seed)
+    sigma = noise_level(image, sigma=settings.sigma).sigma
 
-    def spread(y: Tensor) -> Tensor:
-        return uncertainty(
-            lambda t: t + view.correct(t, mixture), y, sigma, probes, generator, WINDOW
-        ).std
+    def spread(view: View) -> np.ndarray:
+        mixture = None
+        if settings.target is not None:
+            chosen, _ = choose_class(view, settings)
+            mixture = class_mixture(model, chosen, view.logits())
+        generator = torch.Generator().manual_seed(seed)
 
-    std = view.over_tiles(spread)
+        def of_tile(y: Tensor) -> Tensor:
+            return uncertainty(
+                lambda t: t + view.correct(t, mixture), y, sigma, probes, generator, WINDOW
+            ).std
+
+        return view.over_tiles(of_tile)
+
+    view = View(model, image.samples, sigma, settings.tile, memory=settings.memory, gradient=True)
+    _, std = in_tiles_that_fit(view, spread)
     return np.sqrt((std**2).mean(-1, keepdims=True)), sigma
 
 

@@ -46,6 +46,7 @@ from cdnctl.cli.progress import progress
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
+    from cdnctl.restore import Restored, Settings
     from cdnctl.restore.batch import Batch, Done
     from cdnctl.restore.plan import Job
 
@@ -148,10 +149,10 @@ def denoise(
     import torch
 
     from cdnctl.images import WRITE_SUFFIXES
-    from cdnctl.restore import Settings
+    from cdnctl.restore import Denoise, Settings
     from cdnctl.restore.batch import Batch
     from cdnctl.restore.manifest import Manifest
-    from cdnctl.restore.plan import plan, same_file
+    from cdnctl.restore.plan import plan, same_file, share
     from cdnctl.runtime import patient_barrier, process_group
     from cdnctl.selection import Models
 
@@ -165,7 +166,7 @@ def denoise(
         parse_range(scale),
     )
     models = Models(model, torch_device, class_names(wanted))
-    printer = Printer(models, settings, as_json, quiet)
+    printer = Printer(settings, as_json, quiet)
     if STDIO in inputs or output == STDIO:
         given = {
             "--uncertainty": uncertainty is not None,
@@ -193,19 +194,17 @@ def denoise(
             _check_beside("--compare", compare, jobs, WRITE_SUFFIXES, overwrite)
             if uncertainty is not None and same_file(compare, uncertainty):
                 raise UsageError(f"{str(compare)!r} is named twice: choose another file")
-        existing = [job for job in jobs if os.path.exists(job.output)]
-        passed: list[Job] = []
-        if skip_existing:
-            passed = existing[rank::world]
-            there = set(existing)
-            jobs = [job for job in jobs if job not in there]
-        elif existing and not (overwrite or resume):
-            _refuse(existing, output)
-        jobs = jobs[rank::world]
-
+        jobs, passed = share(
+            jobs,
+            output,
+            skip_existing=skip_existing,
+            replace=overwrite or resume,
+            rank=rank,
+            world=world,
+        )
         batch = Batch(
             models,
-            settings,
+            Denoise(settings),
             strip_metadata,
             overwrite=overwrite,
             resume=resume,
@@ -222,9 +221,9 @@ def denoise(
             wait_for_all()  # no process writes before all have planned
             failed = _report(batch, jobs, passed, printer)
             if uncertainty is not None and jobs and not failed:
-                _write_uncertainty(jobs[0], uncertainty, batch, printer)
+                _write_uncertainty(jobs[0], uncertainty, batch, settings, printer)
             if compare is not None and jobs and not failed:
-                _write_comparison(jobs[0], compare, batch)
+                _write_comparison(jobs[0], compare, batch, settings.range)
             # torchrun ends the other processes when one has failed: not before they are done.
             wait_for_all()
     if failed:
@@ -232,26 +231,16 @@ def denoise(
         raise typer.Exit(failed[0].exit_code if alone else 1)
 
 
-def _refuse(existing: list[Job], output: Path | None) -> None:
-    from cdnctl.restore.manifest import parts
-
-    more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
-    verb = "exist" if more else "exists"
-    hint = "--resume to go on, " if output is not None and parts(output) else ""
-    raise UsageError(
-        f"{str(existing[0].output)!r}{more} {verb}: give {hint}--overwrite to replace, "
-        "or --skip-existing to pass over"
-    )
-
-
-def _announce(batch: Batch, jobs: list[Job], passed: list[Job], printer: Printer) -> list[Done]:
+def _announce(
+    batch: Batch[Restored], jobs: list[Job], passed: list[Job], printer: Printer
+) -> list[Done[Restored]]:
     """The plan, and nothing else; what would be refused is returned."""
     from cdnctl.errors import ImageError
     from cdnctl.restore.batch import Done
 
     if batch.manifest is not None:
         batch.manifest.read()
-    refused = []
+    refused: list[Done[Restored]] = []
     for job in jobs:
         try:
             printer.planned(job, batch.resume and batch.is_done(job))
@@ -263,17 +252,19 @@ def _announce(batch: Batch, jobs: list[Job], passed: list[Job], printer: Printer
     return refused
 
 
-def _report(batch: Batch, jobs: list[Job], passed: list[Job], printer: Printer) -> list[Done]:
+def _report(
+    batch: Batch[Restored], jobs: list[Job], passed: list[Job], printer: Printer
+) -> list[Done[Restored]]:
     """Do the work and print each result as it comes; the failures again at the end, and
     returned. passed: jobs that are not to be done."""
     from cdnctl.restore.batch import count_pixels, large_last
 
     total, started = len(jobs) + len(passed), time.monotonic()
     heard: dict[Job, str] = {}
-    failed: list[Done] = []
-    late: list[Done] = []
+    failed: list[Done[Restored]] = []
+    late: list[Done[Restored]] = []
 
-    def hear(done: Done) -> None:
+    def hear(done: Done[Restored]) -> None:
         # Noted last: what is interrupted before comes again, as late.
         if done.error is not None:
             failed.append(done)
@@ -341,16 +332,18 @@ def _check_beside(
     keep_existing(path, overwrite)
 
 
-def _write_uncertainty(job: Job, path: Path, batch: Batch, printer: Printer) -> None:
+def _write_uncertainty(
+    job: Job, path: Path, batch: Batch[Restored], settings: Settings, printer: Printer
+) -> None:
     from cdnctl import images
     from cdnctl.analysis.uncertainty import drawn, posterior_std
     from cdnctl.restore import on_unit_scale
 
     image = images.read(job.source, batch.max_pixels)
-    image = on_unit_scale(image, batch.settings.range, str(job.source))
+    image = on_unit_scale(image, settings.range, str(job.source))
     model = batch.models.pick(*image.samples.shape[:2])
     with progress(1, printer.quiet, printer.as_json):
-        std, sigma = posterior_std(image, model, batch.settings)
+        std, sigma = posterior_std(image, model, settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() in NUMBERS:
         save_numbers(std[..., 0], path, batch.overwrite)
@@ -358,14 +351,16 @@ def _write_uncertainty(job: Job, path: Path, batch: Batch, printer: Printer) -> 
         images.write(drawn(std[..., 0], sigma), path, overwrite=batch.overwrite)
 
 
-def _write_comparison(job: Job, path: Path, batch: Batch) -> None:
+def _write_comparison(
+    job: Job, path: Path, batch: Batch[Restored], scale: tuple[float, float] | None
+) -> None:
     """The input beside the output, both as they are in their files."""
     from cdnctl import images
     from cdnctl.figures import before_and_after
     from cdnctl.restore import on_unit_scale
 
     before, after = (
-        on_unit_scale(images.read(p, batch.max_pixels), batch.settings.range, str(p))
+        on_unit_scale(images.read(p, batch.max_pixels), scale, str(p))
         for p in (job.source, job.output)
     )
     path.parent.mkdir(parents=True, exist_ok=True)

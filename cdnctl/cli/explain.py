@@ -82,7 +82,7 @@ def explain(
     image = on_unit_scale(image, parse_range(scale), str(source))
     height, width = image.samples.shape[:2]
     chosen = models.pick(height, width)
-    noise = noise_level(image.samples, image.alpha, level).sigma
+    noise = noise_level(image, sigma=level).sigma
     with progress(1, quiet):
         found = evidence(chosen, image.samples, noise, label)
     if suffix in NUMBERS:

@@ -36,7 +36,7 @@ def noise(
     from cdnctl.restore import noise_level
 
     def look(image: Image) -> tuple[dict[str, Any], str]:
-        level = noise_level(image.samples, image.alpha)
+        level = noise_level(image)
         told = round(PEAK * level.sigma, 3)
         record: dict[str, Any] = {"sigma": told}
         words = "too small to tell more"

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from cdnctl.restore import Restored, Settings
     from cdnctl.restore.batch import Done
     from cdnctl.restore.plan import Job
-    from cdnctl.selection import Models
 
 STDIO = Path("-")  # on the command line: standard input or output
 
@@ -23,14 +22,14 @@ STDIO = Path("-")  # on the command line: standard input or output
 class Printer:
     """Says how each picture went: a line for people or an object for programs."""
 
-    def __init__(self, models: Models, settings: Settings, as_json: bool, quiet: bool):
-        self.models, self.target = models, settings.target
+    def __init__(self, settings: Settings, as_json: bool, quiet: bool):
+        self.target = settings.target
         self.estimated = settings.sigma is None
         self.as_json, self.quiet = as_json, quiet
 
     def result(self, source: Path, output: Path, restored: Restored, seconds: float) -> None:
         """A picture that was restored; its noise level is in 0..255."""
-        model = self.models.pick(*restored.image.samples.shape[:2])
+        model = restored.model
         level = restored.sigma * PEAK
         low, high = (PEAK * s for s in model.sigma_range)
         if restored.told * PEAK > high + 1e-6:
@@ -72,7 +71,7 @@ class Printer:
                 parts.append(f"telling the class changed {amount} of 255 (rms)")
             print(", ".join([*parts, *restored.image.notes]), file=stream, flush=True)
 
-    def failure(self, done: Done) -> None:
+    def failure(self, done: Done[Restored]) -> None:
         """A picture that could not be restored."""
         if self.as_json:
             self._event("failed", done.job, error=done.error)

@@ -27,7 +27,7 @@ from cdnctl.core.noise import noisy_version
 from cdnctl.errors import CdnctlError
 from cdnctl.measure.evaluate import Sample
 from cdnctl.measure.methods import is_model, method
-from cdnctl.restore import Settings, View, estimate_sigma
+from cdnctl.restore import Denoise, Settings, View, estimate_sigma
 from cdnctl.restore.batch import Batch
 from cdnctl.restore.manifest import Manifest
 from cdnctl.restore.plan import Job
@@ -258,7 +258,7 @@ def _plain(folder: Path, jobs: Sequence[Job], models: Models) -> None:
 
 def _batch(folder: Path, jobs: Sequence[Job], models: Models) -> None:
     with Manifest(folder) as manifest:
-        for done in Batch(models, Settings(), manifest=manifest, overwrite=True).run(jobs):
+        for done in Batch(models, Denoise(Settings()), manifest=manifest, overwrite=True).run(jobs):
             assert done.restored is not None, done.error
 
 

@@ -16,7 +16,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +31,11 @@ from cdnctl.errors import ImageError, UsageError
 from cdnctl.grouping import batches
 from cdnctl.restore import (
     Level,
+    Stack,
     View,
-    at_class_scale,
     batch_size,
     check_channels,
+    most_probable,
     moved,
     noise_level,
     whole_place,
@@ -207,71 +207,21 @@ def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
     return clean, given
 
 
-class _Batch:
-    """Noisy pictures of one shape in the network: a full batch of small ones, or one in tiles."""
-
-    def __init__(self, jobs: Sequence[_Job], model: Model):
-        self.model, self.count = model, len(jobs)
-        self.views = [View(model, job.noisy, job.level) for job in jobs]
-        self.view = self.views[0]
-        self.tiled = len(self.view.tiles) > 1
-        if not self.tiled:
-            self.box = self.view.tiles[0].read
-            y = torch.cat([view.repeated(view.read(self.box)[None]) for view in self.views])
-            self.y = self._filled(y)
-            self.told = self._filled(torch.tensor([view.told for view in self.views]))
-
-    def _filled(self, values: Tensor) -> Tensor:
-        """(n, ...) with blanks up to the size of a batch, on the device."""
-        blanks = batch_size(self.view.height, self.view.width) - self.count
-        blank = values.new_zeros(blanks, *values.shape[1:])
-        return torch.cat([values, blank]).to(self.model.device)
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """Class scores, (n, K)."""
-        if self.tiled:
-            return self.view.logits()[None]
-        return self.model.classifier().logits(self.y, self.told)[: self.count].cpu()
-
-    def predicted(self) -> Tensor:
-        """The most probable class of each picture, (n,), at the scale of the training."""
-        small = [at_class_scale(view) for view in self.views]
-        if small[0] is self.view:
-            return self.logits.argmax(1)
-        return torch.stack([view.logits() for view in small]).argmax(1)
-
-    def solve(self, mixture: Tensor | None = None) -> np.ndarray:
-        """Corrections, (n, H, W, C), for class mixtures (n, K) or the posterior."""
-        if self.tiled:
-            chosen = None if mixture is None else mixture[0]
-            return self.view.solve(None if chosen is None else lambda _: chosen)[0][None]
-        correction, logits = self.model.corrector().correction(
-            self.y, self.told, None if mixture is None else self._filled(mixture)
-        )
-        placed = [
-            view.placed(view.accepted(view.read(self.box)[None], part[None].cpu())[0])
-            for view, part in zip(self.views, correction, strict=False)
-        ]
-        self.logits = logits[: self.count].cpu()
-        return np.stack(placed)
-
-
 @torch.no_grad()
 def _score(jobs: Sequence[_Job], model: Model) -> list[Row]:
     """Rows of noisy pictures of one kind."""
     *_, has_noise, has_label = jobs[0].kind
     classifies = isinstance(model.module, HasPosterior) and has_label
-    batch = _Batch(jobs, model)
+    stack = Stack([View(model, job.noisy, job.level) for job in jobs])
     corrections = told = predicted = None
     if isinstance(model.module, Corrector) and has_noise:
-        corrections = batch.solve()
+        corrections = stack.solve()
         if classifies:
-            predicted = batch.predicted()
+            predicted = most_probable(stack)
             one_hot = torch.stack([_one_hot(model, str(job.sample.label)) for job in jobs])
-            told = batch.solve(one_hot)
+            told = stack.solve(one_hot)
     elif classifies:
-        predicted = batch.predicted()
+        predicted = most_probable(stack)
     rows = []
     for i, job in enumerate(jobs):
         values: dict[str, float | str | None] = {}

@@ -22,28 +22,32 @@ from cdnctl.restore.classes import (
     class_change,
     class_mixture,
     classify,
+    most_probable,
     ranked,
 )
-from cdnctl.restore.denoise import Restored, moved, restore, restore_batch, whole_place
+from cdnctl.restore.denoise import Denoise, Restored, moved, restore, restore_batch, whole_place
 from cdnctl.restore.levels import Level, estimate_sigma, noise_level
 from cdnctl.restore.samples import on_own_scale, on_unit_scale
 from cdnctl.restore.settings import Settings
+from cdnctl.restore.stack import Stack, batch_size
 from cdnctl.restore.view import (
     OutOfMemory,
     View,
-    batch_size,
     check_channels,
     default_tile,
+    in_tiles_that_fit,
     memory_errors,
     out_of_memory,
 )
 
 __all__ = [
     "Classified",
+    "Denoise",
     "Level",
     "OutOfMemory",
     "Restored",
     "Settings",
+    "Stack",
     "View",
     "at_class_scale",
     "batch_size",
@@ -54,7 +58,9 @@ __all__ = [
     "classify",
     "default_tile",
     "estimate_sigma",
+    "in_tiles_that_fit",
     "memory_errors",
+    "most_probable",
     "moved",
     "noise_level",
     "on_own_scale",

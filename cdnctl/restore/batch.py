@@ -6,34 +6,30 @@ thread computes. Small pictures of one size go through the network together.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from cdnctl import images
+from cdnctl.api import Model
 from cdnctl.errors import ImageError, OutputExistsError
-from cdnctl.images import Image
-from cdnctl.restore.denoise import Restored, restore, restore_batch
-from cdnctl.restore.levels import Level, noise_level
 from cdnctl.restore.manifest import Manifest, Origin, changed, digest
+from cdnctl.restore.operation import Operation, R
 from cdnctl.restore.plan import Job, same_file
-from cdnctl.restore.samples import on_own_scale, on_unit_scale
-from cdnctl.restore.settings import Settings
-from cdnctl.restore.view import batch_size
 from cdnctl.selection import AUTO, Models
 
 HELD_PIXELS = 32_000_000  # decoded pictures that wait for the network or the disk
 LARGE_PIXELS = HELD_PIXELS // 8  # of such pictures, only one is read ahead
 AHEAD = 16  # files read ahead of the network
 WAITING = 128  # small pictures that wait for others of their size
+OLDEST = "denoise"  # the operation of lines of a manifest that name none: there was no other
 
 
 def count_pixels(jobs: Sequence[Job]) -> dict[Job, int]:
@@ -50,11 +46,11 @@ def large_last(pixels: Mapping[Job, int]) -> list[Job]:
 
 
 @dataclass(frozen=True)
-class Done:
+class Done(Generic[R]):
     """How one job ended: with what was found, with an error, or (neither) passed over as done."""
 
     job: Job
-    restored: Restored | None = None
+    restored: R | None = None
     error: str | None = None
     seconds: float = 0.0  # of reading, computing and writing
     exit_code: int = ImageError.exit_code  # with an error, of a run for this job alone
@@ -65,15 +61,15 @@ class _Loaded:
     """A picture that has been read."""
 
     job: Job
-    image: Image
-    level: Level
+    ready: Any = field(repr=False)  # for the operation, see there
+    shape: tuple[int, ...]  # height, width, channels
     origin: Origin
     overwrite: bool  # what is there is ours to replace
     seconds: float  # of reading
 
     @property
     def pixels(self) -> int:
-        return self.image.samples.shape[0] * self.image.samples.shape[1]
+        return self.shape[0] * self.shape[1]
 
 
 @dataclass
@@ -89,11 +85,19 @@ class _Held:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Restores many files; everything that its jobs have in common."""
+class _Group:
+    """Pictures of one shape that go through a network together."""
+
+    model: Model
+    items: list[_Loaded]
+
+
+@dataclass(frozen=True)
+class Batch(Generic[R]):
+    """An operation on many files; everything that its jobs have in common."""
 
     models: Models
-    settings: Settings
+    operation: Operation[R]
     strip_metadata: bool = False
     manifest: Manifest | None = None
     resume: bool = False  # pass over what the manifest says is done
@@ -103,8 +107,8 @@ class Batch:
     # Told the share done of a large picture.
     watch: Callable[[Job, float], None] = lambda job, share: None
 
-    def run(self, jobs: Sequence[Job], late: list[Done] | None = None) -> Generator[Done]:
-        """Restore all files; results come as they are finished, not always in order.
+    def run(self, jobs: Sequence[Job], late: list[Done[R]] | None = None) -> Generator[Done[R]]:
+        """Work on all files; results come as they are finished, not always in order.
 
         A bad file is reported in its ``Done`` and the rest goes on. SetupError when the disk
         is full: everything after would fail as well.
@@ -113,14 +117,14 @@ class Batch:
         ends early: by an exception, or closed from outside. What came last may be in it, too.
         """
         held = _Held()
-        writes: deque[tuple[_Loaded, Future[Done]]] = deque()
-        written: dict[Job, Done] = {}  # by the threads, which no signal interrupts
+        writes: deque[tuple[_Loaded, Future[Done[R]]]] = deque()
+        written: dict[Job, Done[R]] = {}  # by the threads, which no signal interrupts
 
-        def write(item: _Loaded, result: Restored, seconds: float) -> Done:
+        def write(item: _Loaded, result: R, seconds: float) -> Done[R]:
             done = written[item.job] = self._write(item, result, seconds)
             return done
 
-        def settled() -> Iterator[Done]:
+        def settled() -> Iterator[Done[R]]:
             yield writes[0][1].result()
             item, _ = writes.popleft()
             held.pixels -= item.pixels
@@ -133,7 +137,7 @@ class Batch:
                     yield group
                 else:
                     # Small pictures are told of before a large one keeps this thread for long.
-                    while writes and writes[0][0].pixels <= LARGE_PIXELS < group[0].pixels:
+                    while writes and writes[0][0].pixels <= LARGE_PIXELS < group.items[0].pixels:
                         yield from settled()
                     for item, result, seconds in self._compute(group):
                         if isinstance(result, ImageError):
@@ -152,10 +156,10 @@ class Batch:
 
     def _read(
         self, jobs: Sequence[Job], pool: ThreadPoolExecutor, held: _Held
-    ) -> Iterator[_Loaded | Done]:
+    ) -> Iterator[_Loaded | Done[R]]:
         """Pictures in order, read ahead as far as memory allows."""
         todo = iter(jobs)
-        reads: deque[Future[_Loaded | Done]] = deque()
+        reads: deque[Future[_Loaded | Done[R]]] = deque()
 
         def read_ahead() -> None:
             room = 1 if held.last > LARGE_PIXELS else AHEAD
@@ -174,9 +178,9 @@ class Batch:
             yield item
             read_ahead()
 
-    def _grouped(self, items: Iterable[_Loaded | Done]) -> Iterator[list[_Loaded] | Done]:
+    def _grouped(self, items: Iterable[_Loaded | Done[R]]) -> Iterator[_Group | Done[R]]:
         """Pictures that go through the network together: small ones of one size."""
-        waiting: dict[tuple[object, ...], list[_Loaded]] = {}
+        waiting: dict[tuple[object, ...], _Group] = {}
         for item in items:
             if isinstance(item, Done):
                 yield item
@@ -184,17 +188,19 @@ class Batch:
             if item.pixels > LARGE_PIXELS:  # it takes long, and nobody is to wait for it
                 yield from waiting.values()
                 waiting.clear()
-            height, width, channels = item.image.samples.shape
-            key = (height, width, channels, self.models.pick(height, width).name)
-            waiting.setdefault(key, []).append(item)
-            if len(waiting[key]) == batch_size(height, width):
+            height, width, _ = item.shape
+            model = self.models.pick(height, width)
+            key = (*item.shape, model.name)
+            group = waiting.setdefault(key, _Group(model, []))
+            group.items.append(item)
+            if len(group.items) == self.operation.together(height, width):
                 yield waiting.pop(key)
-            elif sum(map(len, waiting.values())) > WAITING:
-                yield waiting.pop(max(waiting, key=lambda k: len(waiting[k])))
+            elif sum(len(group.items) for group in waiting.values()) > WAITING:
+                yield waiting.pop(max(waiting, key=lambda k: len(waiting[k].items)))
         yield from waiting.values()
 
-    def _load(self, job: Job) -> _Loaded | Done:
-        """Read a file and estimate its noise; in a thread."""
+    def _load(self, job: Job) -> _Loaded | Done[R]:
+        """Read a file and prepare the picture; in a thread."""
         started = time.monotonic()
         try:
             self._tidy(job)
@@ -207,10 +213,11 @@ class Batch:
             time_of_input = changed(job.source)  # before it is read, see there
             data = images.read_bytes(job.source)
             image = images.decode(data, str(job.source), self.max_pixels)
-            image = on_unit_scale(image, self.settings.range, str(job.source))
-            level = noise_level(image.samples, image.alpha, self.settings.sigma)
+            shape = image.samples.shape
+            ready = self.operation.prepare(image, str(job.source))
             origin = Origin(digest(data), len(data), time_of_input)
-            return _Loaded(job, image, level, origin, overwrite, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            return _Loaded(job, ready, shape, origin, overwrite, seconds)
         except ImageError as error:
             return self._failed(job, str(error))
         except MemoryError:
@@ -219,46 +226,36 @@ class Batch:
             reason = error.strerror or error
             return self._failed(job, f"cannot read {str(job.source)!r}: {reason}")
 
-    def _compute(
-        self, group: list[_Loaded]
-    ) -> Iterator[tuple[_Loaded, Restored | ImageError, float]]:
-        """Restore pictures of one size: each with its result, or why there is none, and the
+    def _compute(self, group: _Group) -> Iterator[tuple[_Loaded, R | ImageError, float]]:
+        """Work on pictures of one size: each with its result, or why there is none, and the
         seconds that it took."""
         started = time.monotonic()
-        first = group[0]
-        size = first.image.samples.shape[:2]
-        model = self.models.pick(*size)
-        results: Sequence[Restored | ImageError]
+        items, model = group.items, group.model
+        results: Sequence[R | ImageError]
         try:
-            if batch_size(*size) > 1:
-                pictures = [item.image for item in group]
-                levels = [item.level for item in group]
-                results = restore_batch(pictures, model, self.settings, levels)
-            else:
-                watch = partial(self.watch, first.job)
-                results = [restore(first.image, model, self.settings, watch, first.level)]
+            watch = partial(self.watch, items[0].job)
+            results = self.operation.run([item.ready for item in items], model, watch)
         except ImageError as error:
-            if len(group) > 1:  # one of them spoils it: each on its own, which changes no result
-                for item in group:
-                    yield from self._compute([item])
+            if len(items) > 1:  # one of them spoils it: each on its own, which changes no result
+                for item in items:
+                    yield from self._compute(_Group(model, [item]))
                 return
-            results = [ImageError(f"{str(first.job.source)!r}: {error}")]
-        seconds = (time.monotonic() - started) / len(group)
-        for item, result in zip(group, results, strict=True):
+            results = [ImageError(f"{str(items[0].job.source)!r}: {error}")]
+        seconds = (time.monotonic() - started) / len(items)
+        for item, result in zip(items, results, strict=True):
             yield item, result, seconds
 
-    def _write(self, item: _Loaded, restored: Restored, seconds: float) -> Done:
+    def _write(self, item: _Loaded, restored: R, seconds: float) -> Done[R]:
         """Encode and write; in a thread. The manifest hears of it just before the file appears."""
         job, started = item.job, time.monotonic()
         try:
             job.output.parent.mkdir(parents=True, exist_ok=True)
             image, suffix = restored.image, job.output.suffix.lower()
-            image = on_own_scale(image, self.settings.range)
             if self.strip_metadata:
                 image = replace(image, metadata=images.Metadata())
             data = images.encode(image, suffix)
             seconds += item.seconds + time.monotonic() - started
-            notes = restored.image.notes + images.conversions(image, suffix)
+            notes = image.notes + images.conversions(image, suffix)
             restored = replace(restored, image=replace(image, notes=notes))
             temporary = images.temporary_name()
             if self.manifest is not None:
@@ -280,36 +277,31 @@ class Batch:
         for record in [] if self.manifest is None else self.manifest.records(job.output):
             images.remove_temporary(job.output, str(record.get("temporary")))
 
-    def _taken(self, job: Job) -> Done:
+    def _taken(self, job: Job) -> Done[R]:
         """An output that was not there when the work was planned, and is not ours to replace."""
         if self.skip_existing:
             return Done(job)
         error = OutputExistsError(job.output)
         return replace(self._failed(job, str(error)), exit_code=error.exit_code)
 
-    def _failed(self, job: Job, error: str) -> Done:
+    def _failed(self, job: Job, error: str) -> Done[R]:
         if self.manifest is not None:
             record = {"input": str(job.source), "error": error}
             self.manifest.add({"output": self.manifest.name_of(job.output)} | record)
         return Done(job, error=error)
 
-    def _record(
-        self, item: _Loaded, restored: Restored, data: bytes, seconds: float
-    ) -> dict[str, Any]:
+    def _record(self, item: _Loaded, restored: R, data: bytes, seconds: float) -> dict[str, Any]:
         assert self.manifest is not None
-        model = self.models.pick(*restored.image.samples.shape[:2])
         return {
             "output": self.manifest.name_of(item.job.output),
             "output_sha256": digest(data),
             "input": str(item.job.source),
             **item.origin.to_dict(),
-            "model": model.name,
-            "weights": model.hash,
+            "operation": self.operation.name,
+            "model": restored.model.name,
+            "weights": restored.model.hash,
             "parameters": self.parameters,
-            "sigma": round(images.PEAK * restored.sigma, 3),
-            "class_asked": "none" if self.settings.target is None else self.settings.target,
-            "most_probable_class": next(iter(restored.posterior), None),
-            "held": round(restored.held, 6),
+            **self.operation.record(restored),
             "seconds": round(seconds, 4),
         }
 
@@ -318,12 +310,11 @@ class Batch:
         """What the outputs depend on besides the pictures and the weights, as JSON has it."""
         # Of a weights file its model's name: where it lies changes nothing.
         name = self.models.name if self.models.name == AUTO else self.models.pick(1, 1).name
-        values = asdict(self.settings) | {"model": name, "strip_metadata": self.strip_metadata}
-        del values["memory"]
-        if self.settings.sigma is not None:
-            values["sigma"] = round(images.PEAK * self.settings.sigma, 6)
-        parameters: dict[str, Any] = json.loads(json.dumps(values))
-        return parameters
+        return {
+            **self.operation.parameters,
+            "model": name,
+            "strip_metadata": self.strip_metadata,
+        }
 
     def is_done(self, job: Job) -> bool:
         """Whether the manifest says that an earlier run did this job, and nothing has changed.
@@ -340,7 +331,8 @@ class Batch:
                 "give --overwrite to replace it"
             )
         if any(
-            record.get("parameters") == self.parameters
+            record.get("operation", OLDEST) == self.operation.name
+            and record.get("parameters") == self.parameters
             and record.get("weights") == self.models.hash_of(str(record.get("model")))
             and Origin.from_dict(record).still(job.source)
             for record in ours

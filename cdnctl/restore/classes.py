@@ -15,7 +15,8 @@ from cdnctl.restore import tiles
 from cdnctl.restore.levels import noise_level
 from cdnctl.restore.scale import Shrink
 from cdnctl.restore.settings import AUTO, Settings
-from cdnctl.restore.view import View, default_tile, memory_errors
+from cdnctl.restore.stack import Stack
+from cdnctl.restore.view import View, memory_errors
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def class_mixture(model: Model, settings: Settings, logits: Tensor) -> Tensor:
     return p + settings.guidance * (target - p)
 
 
-def at_class_scale(view: View, tile: int | None = None) -> View:
+def at_class_scale(view: View) -> View:
     """The picture at the size at which its class scores are taken: itself, or a smaller copy
     with the noise that is left in it, if it is larger than the crops of the training."""
     shrink = Shrink(view.height, view.width, view.model.header.patch)
@@ -51,7 +52,7 @@ def at_class_scale(view: View, tile: int | None = None) -> View:
     # A gray picture has one channel here. Averages of coloured noise may look gray, too, but
     # only where so little of it is left that the factor of sqrt(3) does not matter.
     small = shrink.samples(view.pixels)
-    return View(view.model, small, view.sigma * shrink.noise, tile)
+    return View(view.model, small, view.sigma * shrink.noise, view.tile, memory=view.memory)
 
 
 def choose_class(view: View, settings: Settings) -> tuple[Settings, Tensor | None]:
@@ -75,13 +76,21 @@ def ranked(model: Model, logits: Tensor) -> dict[str, float]:
     return {model.classes[i]: float(p[i]) for i in p.argsort(descending=True).tolist()}
 
 
+def most_probable(stack: Stack) -> Tensor:
+    """The most probable class of each picture, (n,), at the scale of the training."""
+    small = [at_class_scale(view) for view in stack.views]
+    if small[0] is stack.first:
+        return stack.logits.argmax(1)
+    return torch.stack([view.logits() for view in small]).argmax(1)
+
+
 def class_change(view: View, logits: Tensor, settings: Settings) -> float:
     """Root mean square, in [0, 1] pixel units, of what the told class changes in a restored
     picture before it is clipped and rounded: strength guidance (D_target - D).
 
     Of a view of several tiles that in the one in the middle. logits: of the whole picture, (K,).
     """
-    shift = class_shift(view.model, logits, settings)
+    shift = class_shift(view.model, settings, logits)
     middle = next(
         tile
         for tile in view.tiles
@@ -93,13 +102,14 @@ def class_change(view: View, logits: Tensor, settings: Settings) -> float:
     return settings.strength * rms(inside)
 
 
-def class_shift(model: Model, logits: Tensor, settings: Settings) -> Tensor:
+def class_shift(model: Model, settings: Settings, logits: Tensor) -> Tensor:
     """The mixture, (K,), that gives what the told class changes. The correction is linear in
     it: with one that sums to zero, one pass gives the difference of two."""
     return class_mixture(model, settings, logits) - logits.softmax(0)
 
 
 def rms(values: Tensor) -> float:
+    """Root mean square of all values."""
     return values.double().square().mean().sqrt().item()
 
 
@@ -107,10 +117,9 @@ def rms(values: Tensor) -> float:
 def classify(image: Image, model: Model, sigma: float | None = None) -> Classified:
     """Posterior over classes of one picture, at the scale of the training."""
     model.classifier()
-    sigma = noise_level(image.samples, image.alpha, sigma).sigma
-    tile = default_tile(model, None)
-    view = View(model, image.samples, sigma, tile)
-    small = at_class_scale(view, tile)
+    sigma = noise_level(image, sigma=sigma).sigma
+    view = View(model, image.samples, sigma)
+    small = at_class_scale(view)
     with memory_errors(small):
         posterior = ranked(model, small.logits())
     factor = min(view.height, view.width) / min(small.height, small.width)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,9 +28,11 @@ from cdnctl.restore.classes import (
     rms,
 )
 from cdnctl.restore.levels import Level, noise_level
-from cdnctl.restore.samples import is_bilevel, sample_step
+from cdnctl.restore.operation import Result
+from cdnctl.restore.samples import is_bilevel, on_own_scale, on_unit_scale, sample_step
 from cdnctl.restore.settings import Settings
-from cdnctl.restore.view import OutOfMemory, View, batch_size, default_tile, memory_errors
+from cdnctl.restore.stack import Stack, batch_size
+from cdnctl.restore.view import View, in_tiles_that_fit, memory_errors
 
 END_WINDOW = 9  # pixels, see `core.noise.ends`
 TOLD = 0.001  # share of a picture from which it is said that the model was held back
@@ -39,10 +42,9 @@ CLASS_TILE = 512
 
 
 @dataclass(frozen=True)
-class Restored:
+class Restored(Result):
     """A restored picture and what was found on the way."""
 
-    image: Image
     sigma: float  # noise level used, in [0, 1] pixel units
     told: float  # what the network was told: more than sigma for gray pictures
     posterior: Mapping[str, float]  # p(c | picture), most probable class first
@@ -54,9 +56,9 @@ class Restored:
         return f"Restored({', '.join([repr(self.image), f'sigma {self.sigma:.4g}', *best])})"
 
 
-def _left_alone(image: Image) -> Restored:
+def _left_alone(image: Image, model: Model) -> Restored:
     note = "every sample is black or white: left as it is"
-    return Restored(replace(image, notes=(*image.notes, note)), 0.0, 0.0, {})
+    return Restored(replace(image, notes=(*image.notes, note)), model, 0.0, 0.0, {})
 
 
 @torch.no_grad()
@@ -77,39 +79,25 @@ def restore(
     if batch_size(*image.samples.shape[:2]) > 1:
         return restore_batch([image], model, settings, None if level is None else [level])[0]
     if is_bilevel(image.samples):
-        return _left_alone(image)
-    level = level or noise_level(image.samples, image.alpha, settings.sigma)
-    tile = settings.tile or default_tile(model, settings.memory)
-    view = View(model, image.samples, level, tile, watch)
-    need = view.area * model.needs.bytes_per_pixel
-    if settings.memory is not None and not settings.tile and need > settings.memory:
-        raise ImageError(
-            f"--memory allows {settings.memory / 1e6:.0f} MB, but the smallest tiles that are "
-            f"worth while take {need / 1e6:.0f} MB: allow more, or give --tile"
-        )
-    while True:
-        try:
-            with memory_errors(view):
-                settings, shrunk = choose_class(view, settings)
-                samples = _blend(image, view, settings)
-            break
-        except OutOfMemory:
-            if settings.tile:
-                raise
-            smaller = View(model, image.samples, level, math.isqrt(view.area) * 3 // 4, watch)
-            if smaller.area == view.area:
-                raise
-            view = smaller
+        return _left_alone(image, model)
+    level = level or noise_level(image, sigma=settings.sigma)
+
+    def blended(view: View) -> tuple[Settings, Tensor | None, np.ndarray]:
+        chosen, scores = choose_class(view, settings)
+        return chosen, scores, _blend(image, view, chosen)
+
+    view = View(model, image.samples, level, settings.tile, memory=settings.memory, watch=watch)
+    view, (chosen, scores, samples) = in_tiles_that_fit(view, blended)
     held, change = view.held, None
-    found = ranked(model, view.logits() if shrunk is None else shrunk)
+    found = ranked(model, view.logits() if scores is None else scores)
     if settings.target is not None:
         logits = view.logits()
         if view.area > CLASS_TILE**2:
             view = View(model, image.samples, level, CLASS_TILE, logits=logits)
         with memory_errors(view):
-            change = class_change(view, logits, settings)
+            change = class_change(view, logits, chosen)
     result = _noted(image.with_samples(samples), level, held, settings.sigma is not None)
-    return Restored(result, level.sigma, view.told, found, held, change)
+    return Restored(result, model, level.sigma, view.told, found, held, change)
 
 
 def _noted(image: Image, level: Level, held: float, told: bool) -> Image:
@@ -211,68 +199,90 @@ def restore_batch(
     At most `batch_size` of them. levels: of their noise, if it was measured before.
     """
     _check_model(model, settings)
-    levels = levels or [noise_level(p.samples, p.alpha, settings.sigma) for p in pictures]
+    levels = levels or [noise_level(picture, sigma=settings.sigma) for picture in pictures]
     views = [View(model, p.samples, level) for p, level in zip(pictures, levels, strict=True)]
-    first = views[0]
-    count = batch_size(first.height, first.width)
-    box = first.tiles[0].read
-    y = torch.zeros(count, model.needs.channels, box[0].stop, box[1].stop)
-    told = torch.ones(count)
-    for i, view in enumerate(views):
-        y[i], told[i] = view.repeated(view.read(box)[None])[0], view.told
-
-    def chosen(logits: Tensor) -> Tensor:
-        chosen = [
-            class_mixture(model, choice, scores)
-            for scores, (choice, _) in zip(logits.cpu(), choices, strict=True)
-        ]
-        return torch.stack(chosen).to(logits.device)
-
-    with memory_errors(first):
-        choices = [choose_class(view, settings) for view in views]
-        choices += [(settings, None)] * (count - len(views))  # for what fills the batch up
-        correction, found = model.corrector().correction(
-            y.to(model.device), told.to(model.device), chosen if settings.target else None
-        )
-    found = found.cpu()
-    steps = [
-        view.placed(view.accepted(view.read(box)[None], part[None].cpu())[0])
-        for view, part in zip(views, correction, strict=False)
-    ]
-    shares = [view.held for view in views]
+    stack = Stack(views)
     changes: list[float | None] = [None] * len(views)
-    if settings.target is not None:
-        shifts = torch.stack(
-            [class_shift(model, scores, c) for scores, (c, _) in zip(found, choices, strict=True)]
-        )
-        with memory_errors(first):
-            shifted, _ = model.corrector().correction(
-                y.to(model.device), told.to(model.device), shifts.to(model.device)
-            )
-        changes = [
-            settings.strength * rms(view.averaged(part[None])[..., : first.height, : first.width])
-            for view, part in zip(views, shifted.cpu(), strict=False)
-        ]
-    everything = whole_place(first.pixels)
-    return [
-        _left_alone(picture)
-        if is_bilevel(picture.samples)
-        else Restored(
-            _noted(
-                picture.with_samples(
-                    _step(picture.samples, everything, step, view.sigma, settings.strength)
-                ),
-                view.level,
-                held,
-                settings.sigma is not None,
-            ),
-            view.sigma,
-            view.told,
-            ranked(model, scores if shrunk is None else shrunk),
-            held,
-            change,
-        )
-        for picture, view, step, scores, (_, shrunk), held, change in zip(
-            pictures, views, steps, found, choices, shares, changes, strict=False
-        )
-    ]
+    with memory_errors(stack.first):
+        choices = [choose_class(view, settings) for view in views]
+
+        def of_each(
+            function: Callable[[Model, Settings, Tensor], Tensor], logits: Tensor
+        ) -> Tensor:
+            rows = zip(choices, logits, strict=True)
+            return torch.stack([function(model, chosen, row) for (chosen, _), row in rows])
+
+        steps = stack.solve(partial(of_each, class_mixture) if settings.target else None)
+        if settings.target is not None:
+            shifts = of_each(class_shift, stack.logits)
+            changes = [settings.strength * rms(part) for part in stack.corrections(shifts)]
+    everything = whole_place(views[0].pixels)
+    results = []
+    for i, (picture, view) in enumerate(zip(pictures, views, strict=True)):
+        if is_bilevel(picture.samples):
+            results.append(_left_alone(picture, model))
+            continue
+        samples = _step(picture.samples, everything, steps[i], view.sigma, settings.strength)
+        image = picture.with_samples(samples)
+        image = _noted(image, view.level, view.held, settings.sigma is not None)
+        scores = choices[i][1]
+        found = ranked(model, stack.logits[i] if scores is None else scores)
+        results.append(Restored(image, model, view.sigma, view.told, found, view.held, changes[i]))
+    return results
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A picture on the scale of [0, 1] and its noise."""
+
+    image: Image
+    level: Level
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """Denoising as an `Operation` on many files."""
+
+    settings: Settings
+    name: ClassVar[str] = "denoise"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """See `Operation`; the noise level is on the scale of 0..255, as people tell it."""
+        values = asdict(self.settings)
+        del values["memory"]
+        if self.settings.sigma is not None:
+            values["sigma"] = round(images.PEAK * self.settings.sigma, 6)
+        parameters: dict[str, Any] = json.loads(json.dumps(values))
+        return parameters
+
+    def prepare(self, image: Image, name: str) -> _Ready:
+        """The picture with its noise measured."""
+        image = on_unit_scale(image, self.settings.range, name)
+        return _Ready(image, noise_level(image, sigma=self.settings.sigma))
+
+    def together(self, height: int, width: int) -> int:
+        """As many as fill up a batch."""
+        return batch_size(height, width)
+
+    def run(
+        self, ready: Sequence[_Ready], model: Model, watch: Callable[[float], None]
+    ) -> list[Restored]:
+        """Pictures of one shape, denoised, on the scale that they came with."""
+        if len(ready) > 1:
+            pictures, levels = [one.image for one in ready], [one.level for one in ready]
+            found = restore_batch(pictures, model, self.settings, levels)
+        else:
+            found = [restore(ready[0].image, model, self.settings, watch, ready[0].level)]
+        scale = self.settings.range
+        return [replace(result, image=on_own_scale(result.image, scale)) for result in found]
+
+    def record(self, result: Restored) -> dict[str, Any]:
+        """What was found; the noise level is on the scale of 0..255."""
+        target = self.settings.target
+        return {
+            "sigma": round(images.PEAK * result.sigma, 3),
+            "class_asked": "none" if target is None else target,
+            "most_probable_class": next(iter(result.posterior), None),
+            "held": round(result.held, 6),
+        }

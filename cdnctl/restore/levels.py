@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cdnctl import images
+from cdnctl.images import Image
 from cdnctl.restore.measuring import measure, sampled
 from cdnctl.restore.noise import Noise
 from cdnctl.restore.samples import is_gray
@@ -44,15 +45,19 @@ def estimate_sigma(pixels: np.ndarray, alpha: np.ndarray | None = None) -> float
 
 
 def noise_level(
-    samples: np.ndarray, alpha: np.ndarray | None = None, sigma: float | None = None
+    picture: Image | np.ndarray, alpha: np.ndarray | None = None, sigma: float | None = None
 ) -> Level:
-    """The noise of samples (H, W, C) of any dtype: as told, or measured, see `noise.measure`.
+    """The noise of a picture: as told by ``sigma``, or measured, see `measuring.measure`.
 
-    What alpha (H, W) hides has no say. Pictures too small for that, or with too little in them
-    that is not clipped, are judged by `estimate_sigma`.
+    picture: an Image, or samples (H, W, C) of any dtype. What alpha (H, W), or that of the
+    Image, hides has no say. Pictures too small for that, or with too little in them that is not
+    clipped, are judged by `estimate_sigma`.
     """
     if sigma is not None:
         return Level(sigma)
+    samples, alpha = (
+        (picture.samples, picture.alpha) if isinstance(picture, Image) else (picture, alpha)
+    )
     if min(samples.shape[:2]) >= MEASURABLE:
         part = sampled(samples[:, :, :1] if is_gray(samples) else samples)
         noise = measure(images.to_unit(part), None if alpha is None else sampled(alpha))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cdnctl import images
 from cdnctl.errors import UsageError
+from cdnctl.restore.manifest import parts
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,35 @@ def plan(
             jobs.append(Job(source, output))
     _check_clashes(jobs)
     return jobs
+
+
+def share(
+    jobs: Sequence[Job],
+    output: Path | None,
+    *,
+    skip_existing: bool = False,
+    replace: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[list[Job], list[Job]]:
+    """Of what was planned, what one of several processes has to do, and what it passes over.
+
+    skip_existing: pass over what is there. replace: do it again, or go on with it. With neither,
+    UsageError if an output is there.
+    """
+    existing = [job for job in jobs if os.path.exists(job.output)]
+    if skip_existing:
+        there = set(existing)
+        return [job for job in jobs if job not in there][rank::world], existing[rank::world]
+    if existing and not replace:
+        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        verb = "exist" if more else "exists"
+        hint = "--resume to go on, " if output is not None and parts(output) else ""
+        raise UsageError(
+            f"{str(existing[0].output)!r}{more} {verb}: give {hint}--overwrite to replace, "
+            "or --skip-existing to pass over"
+        )
+    return list(jobs[rank::world]), []
 
 
 def check_suffix(output: Path) -> None:

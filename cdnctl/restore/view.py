@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,13 +27,25 @@ from cdnctl.runtime import available_memory
 # which need 0.6 GB themselves, stay below 2. Larger ones overlap less and take less time.
 DEFAULT_TILE = 1344
 MIN_TILE = 256
+# Times as much memory is taken where what the network keeps for a gradient comes on top: measured
+# 3.3 to 5.5 with the bundled models.
+GRADIENT = 6
 EXCESS = 1.25  # most by which a change may exceed the noise that was measured
+
+T = TypeVar("T")
 
 
 class View:
     """A picture as the network sees it: in planned tiles, made from samples as they are needed.
 
-    pixels: (H, W, C) samples of any dtype, which stay on the host as they are.
+    samples: (H, W, C) of any dtype, which stay on the host as they are.
+    tile: no tile has more than tile x tile pixels; None: as large as ``memory``, in bytes,
+    allows, see `default_tile`. gradient: whether gradients through the network are wanted,
+    which take more. watch: told the share of the work that is done, now and then. logits: class
+    scores of the whole picture, (K,), if they are known.
+
+    ImageError if ``memory`` is not enough for the smallest tiles that are worth while, but where
+    ``tile`` says how large they are.
 
     Grayscale pictures are repeated over the network's channels. Their noise is then
     the same in all of them, so it lies on the gray axis alone, where it is sqrt(C)
@@ -44,29 +58,44 @@ class View:
     def __init__(
         self,
         model: Model,
-        pixels: np.ndarray,
+        samples: np.ndarray,
         level: Level | float,
         tile: int | None = None,
+        *,
+        memory: int | None = None,
+        gradient: bool = False,
         watch: Callable[[float], None] = lambda share: None,
-        logits: Tensor | None = None,  # class scores of the whole picture, if they are known
+        logits: Tensor | None = None,
     ):
         needs = model.needs
         self.model = model
         self.level = level if isinstance(level, Level) else Level(level)
         self.sigma = self.level.sigma
-        self.height, self.width, self.channels = pixels.shape
-        gray = is_gray(pixels)
-        self.pixels = pixels[:, :, :1] if gray else pixels
+        self.samples, self.tile, self.memory = samples, tile, memory
+        self.height, self.width, self.channels = samples.shape
+        gray = is_gray(samples)
+        self.pixels = samples[:, :, :1] if gray else samples
         if not gray:
             check_channels(model, self.channels)
         self.repeat = needs.channels if gray else 1
         self.told = self.sigma * self.repeat**0.5
         # Extended by mirroring to what the network works on: whole cells.
         height, width = (n + -n % needs.multiple for n in (self.height, self.width))
-        side = max(height, width) if needs.margin is None else (tile or DEFAULT_TILE)
+        if needs.margin is None:
+            side = max(height, width)
+        elif height * width <= MIN_TILE**2:  # no larger than any tile
+            side = tile or MIN_TILE
+        else:
+            side = tile or default_tile(model, memory, gradient)
         self.tiles = tiles.plan(height, width, side, needs.margin or 0, needs.multiple)
+        need = self.area * _bytes_per_pixel(model, gradient)
+        if memory is not None and not tile and need > memory:
+            raise ImageError(
+                f"--memory allows {memory / 1e6:.0f} MB, but the smallest tiles that are "
+                f"worth while take {need / 1e6:.0f} MB: allow more, or give --tile"
+            )
         self.cells = height * width // needs.multiple**2
-        self._watch, self._done, self._passes = watch, 0, 1
+        self.watch, self._done, self._passes = watch, 0, 1
         self._logits = logits
         self._held = self._covered = 0  # pixels of tiles: held back, and all
 
@@ -225,7 +254,7 @@ class View:
         def run(y: Tensor) -> Tensor:
             out = function(y)
             self._done += len(y)
-            self._watch(min(1.0, self._done / (self._passes * len(self.tiles))))
+            self.watch(min(1.0, self._done / (self._passes * len(self.tiles))))
             return out
 
         return run
@@ -282,7 +311,28 @@ def memory_errors(view: View) -> Iterator[None]:
         ) from None
 
 
-def default_tile(model: Model, memory: int | None = None) -> int:
+def in_tiles_that_fit(view: View, work: Callable[[View], T]) -> tuple[View, T]:
+    """What ``work`` makes of a view and, where memory runs out, of one in smaller tiles; and the
+    view of which it was made.
+
+    OutOfMemory if there are none smaller, or the view was told how large its tiles are.
+    """
+    asked = view.tile
+    while True:
+        try:
+            with memory_errors(view):
+                return view, work(view)
+        except OutOfMemory:
+            if asked:
+                raise
+            side = math.isqrt(view.area) * 3 // 4
+            smaller = View(view.model, view.samples, view.level, side, watch=view.watch)
+            if smaller.area == view.area:
+                raise
+            view = smaller
+
+
+def default_tile(model: Model, memory: int | None = None, gradient: bool = False) -> int:
     """Side of tiles: DEFAULT_TILE, or as much less as fits into ``memory`` bytes, or without a
     number into half of what is free.
 
@@ -291,16 +341,11 @@ def default_tile(model: Model, memory: int | None = None) -> int:
     budget = available_memory(model.device) // 2 if memory is None else memory
     least = max(MIN_TILE, 3 * (model.needs.margin or 0))
     side = DEFAULT_TILE
-    while side > least and side**2 * model.needs.bytes_per_pixel > budget:
+    while side > least and side**2 * _bytes_per_pixel(model, gradient) > budget:
         side = max(least, side * 3 // 4)
     return side
 
 
-def batch_size(height: int, width: int) -> int:
-    """How many pictures of one size go through the network together.
-
-    It depends on the size alone, and smaller batches are filled up: kernels may round
-    differently for another number of pictures, but not for other neighbours. So a picture
-    comes out the same to the bit alone, in a folder, and in whatever order.
-    """
-    return max(1, min(32, 2**16 // (height * width)))
+def _bytes_per_pixel(model: Model, gradient: bool) -> int:
+    """About what the network takes of memory for a pixel of a tile."""
+    return model.needs.bytes_per_pixel * (GRADIENT if gradient else 1)
