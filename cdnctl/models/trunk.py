@@ -117,7 +117,9 @@ class NetConfig:
     @property
     def needs(self) -> Needs:
         """What networks of this shape ask for."""
-        return Needs(self.channels, self._bytes_per_pixel, self.multiple, self._margin)
+        return Needs(
+            self.channels, self._bytes_per_pixel, self.multiple, self._margin, self.coloured
+        )
 
     @property
     def _bytes_per_pixel(self) -> int:
