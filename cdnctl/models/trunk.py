@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdnctl.core.coloured import OCTAVES, Told
+from cdnctl.core.coloured import Told
 from cdnctl.core.joint import MIN_SIGMA, Sigma, per_sample
 from cdnctl.models.adjoint import (
     Activation,
@@ -25,6 +25,7 @@ from cdnctl.models.adjoint import (
     init_normal,
     stat_dtype,
 )
+from cdnctl.models.hearing import heard, make_ears
 from cdnctl.models.network import Mixture, Needs, Network, Whole
 
 PRIOR_STD = 0.25  # s0: about the standard deviation of the pixels of natural images
@@ -210,29 +211,6 @@ def make_blocks(config: NetConfig, width: int, count: int) -> list[nn.Module]:
     ]
 
 
-def make_ears(config: NetConfig, widths: Sequence[int]) -> nn.ModuleList:
-    """For each stage a linear map of the noise's spectrum to its channels; none for networks that
-    are not ``coloured``.
-
-    They start at zero: a network that was trained on white noise stays what it is.
-    """
-    ears = [nn.Linear(2 * OCTAVES, width, bias=False) for width in widths if config.coloured]
-    for ear in ears:
-        nn.init.zeros_(ear.weight)
-    return nn.ModuleList(ears)
-
-
-def heard(ears: nn.ModuleList, stage: int, n: Normalised, h: Tensor) -> Tensor:
-    """Features (B, C, h, w) of a stage moved by what it hears of the noise's spectrum: not at all
-    if that is white. It does not depend on z, so the adjoint is the identity."""
-    if n.spectrum is None or not len(ears):
-        return h
-    weight = ears[stage].weight
-    assert isinstance(weight, Tensor)
-    shift = F.linear(n.spectrum.to(weight.dtype), weight)  # (B, C)
-    return h + shift.to(h.dtype)[:, :, None, None]
-
-
 class Trunk(nn.Module):
     """Encoder: noisy picture and noise level to the features of every stage.
 
@@ -249,7 +227,7 @@ class Trunk(nn.Module):
             down = [Conv(config.widths[i - 1], width, config.down, stride=2)] if i else []
             stages.append(Chain(*down, *make_blocks(config, width, count)))
         self.stages = nn.ModuleList(stages)
-        self.ears = make_ears(config, [config.widths[0], *config.widths[:-1]])
+        self.ears = make_ears([config.widths[0], *config.widths[:-1]], config.coloured)
 
     def folded(self, n: Normalised, dtype: torch.dtype | None) -> Tensor:
         """What the stem reads: squares of z as channels, then the noise level, then the ones."""
@@ -268,7 +246,7 @@ class Trunk(nn.Module):
         """Features of one stage after the other: no adjoint, hence less memory."""
         h: Tensor = self.stem(self.folded(n, dtype))[0]  # (B, widths[0], h, w)
         for i, stage in enumerate(self.stages):
-            h = stage(heard(self.ears, i, n, h))[0]  # (B, widths[i], h / 2^i, w / 2^i)
+            h = stage(heard(self.ears, i, n.spectrum, h))[0]  # (B, widths[i], h / 2^i, w / 2^i)
             yield h
 
     def forward(
@@ -280,7 +258,9 @@ class Trunk(nn.Module):
         features: list[Tensor] = []
         adjoints: list[Adjoint] = []
         for i, stage in enumerate(self.stages):
-            h, adjoint = stage(heard(self.ears, i, n, h))  # (B, widths[i], h / 2^i, w / 2^i)
+            h, adjoint = stage(
+                heard(self.ears, i, n.spectrum, h)
+            )  # (B, widths[i], h / 2^i, w / 2^i)
             features.append(h)
             adjoints.append(adjoint)
 
