@@ -258,9 +258,8 @@ class Trunk(nn.Module):
         features: list[Tensor] = []
         adjoints: list[Adjoint] = []
         for i, stage in enumerate(self.stages):
-            h, adjoint = stage(
-                heard(self.ears, i, n.spectrum, h)
-            )  # (B, widths[i], h / 2^i, w / 2^i)
+            h = heard(self.ears, i, n.spectrum, h)
+            h, adjoint = stage(h)  # (B, widths[i], h / 2^i, w / 2^i)
             features.append(h)
             adjoints.append(adjoint)
 
