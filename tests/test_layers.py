@@ -31,6 +31,8 @@ LAYERS = [
         "tiles",
     },
     {"models"},
+    {"inverse"},
+    {"sampling"},
     {"core"},
     {"fields"},
     {"files"},
