@@ -110,7 +110,8 @@ def eigenpairs(
 
     product: symmetric, of one picture ``like``, (1, C, H, W). The most extreme comes first.
     By Lanczos' method, as scipy has it from ARPACK. tolerance: of the residual
-    |product(v) - value v|, in units of the largest eigenvalue and at least those of 1.
+    |product(v) - value v|, relative to the value, or for the smallest to 1 minus it. Of several
+    that are equal, only 0 (what rounding allows, for up to three times as many products) finds all.
     UsageError if there are not more than ``count`` pixels.
     """
     from scipy.sparse.linalg import LinearOperator, eigsh
