@@ -31,6 +31,8 @@ LAYERS = [
         "runtime",
     },
     {"models"},
+    {"inverse"},
+    {"sampling"},
     {"core"},
     {"schema"},
     {"files"},
