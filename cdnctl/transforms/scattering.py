@@ -182,9 +182,7 @@ def bank(
         return Bank(*(_tensor(f, dtype, device) for f in _made(kind, height, width, angles)))
 
 
-def _tensor(
-    values: NDArray[np.complex128], dtype: torch.dtype, device: torch.device | str
-) -> Tensor:
+def _tensor(values: Array, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     if np.iscomplexobj(values):
         dtype = dtype.to_complex()
     return torch.from_numpy(values).to(device, dtype)
