@@ -86,8 +86,8 @@ def test_moments_of_thresholds_are_integrals(name: str, threshold: float) -> Non
     def integral(values: Tensor) -> Tensor:
         return torch.trapezoid(values * density, u)
 
-    close(found.mean, integral(rho), 1e-8)
-    close(found.variance, integral(rho.square()) - integral(rho).square(), 1e-8)
+    close(found.mean, integral(rho), 1e-6)
+    close(found.variance, integral(rho.square()) - integral(rho).square(), 1e-6)
 
 
 def test_a_rectifier_makes_means_of_amplitudes() -> None:
