@@ -231,11 +231,17 @@ class Layer(nn.Module):
         yield "filters", x
         x = self.map(x)
         yield "map", x
-        x = channel_norm(x, self.outside) if self.after is None else self.after(x.relu())
+        x = self.normed(x)
         yield "norm", x
         if self.frame is not None:
-            x = self.frame(x)
-            yield "frame", x
+            yield "frame", self.frame(x)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """Behind the map, (B, C, H, W) to the same: every pixel over its norm, or rectified."""
+        if self.after is None:
+            return channel_norm(x, self.outside)
+        found: Tensor = self.after(x.relu())
+        return found
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -340,14 +346,18 @@ class FixedFilters(nn.Module):
         self.num_classes = config.num_classes
         self.head = LinearHead(trunk.outside, config.cells, config.num_classes)
 
-    def steps(self, y: Tensor, sigma: Tensor | float) -> Iterator[tuple[str, Tensor]]:
-        """Pictures (B, C, H, W) in [0, 1] plus noise of standard deviation sigma, in the same
-        unit, layer by layer: names and tensors (B, C', h, w), the class features last."""
+    def picture(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+        """What the first layer reads: y in the unit of its spread, filled up to whole cells."""
         wide = y.to(torch.promote_types(y.dtype, torch.float32))  # FFTs know no half precision
         tau = (per_sample(sigma, wide).square() + PIXEL_STD**2).sqrt()
         x = (wide - 0.5) / tau
         down, right = (-n % self.config.multiple for n in y.shape[-2:])
-        x = F.pad(x, (0, right, 0, down)) if down or right else x
+        return F.pad(x, (0, right, 0, down)) if down or right else x
+
+    def steps(self, y: Tensor, sigma: Tensor | float) -> Iterator[tuple[str, Tensor]]:
+        """Pictures (B, C, H, W) in [0, 1] plus noise of standard deviation sigma, in the same
+        unit, layer by layer: names and tensors (B, C', h, w), the class features last."""
+        x = self.picture(y, sigma)
         yield "picture", x
         for name, made in self.trunk.steps(x):
             yield name, made
@@ -373,6 +383,9 @@ class FixedFilters(nn.Module):
 
 class Scattering(FixedFilters):
     """Layers of fixed filters and learnt channels."""
+
+    config: ScatteringConfig
+    trunk: Layers
 
     def __init__(self, config: ScatteringConfig):
         super().__init__(config, Layers(config))
