@@ -115,6 +115,25 @@ def test_a_permuted_twin_is_found_out(name: str) -> None:
     assert not torch.allclose(outputs(blind.network, batches[0]), outputs(net, batches[0]), 1e-2)
 
 
+def test_flattened_channels_have_places() -> None:
+    net, (x, *_) = made("cnn")
+    assert [(s.name, s.channels, s.rows().shape[2]) for s in stages(net)] == [
+        ("0", 2, 9),
+        ("3", 5, 9),
+        ("6", 4, 9),
+    ]
+
+
+def test_statistics_are_means_over_all_batches() -> None:
+    net, batches = made("cnn")
+    chain = stages(net)
+    (norm,) = chain[1].norms
+    x = torch.cat([chain[0].linear(b) for b in batches]).detach()
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
+    assert not norm.training and norm.momentum == 0.1
+
+
 def test_the_old_network_is_left_alone() -> None:
     net, batches = made("cnn")
     before = {k: v.clone() for k, v in net.state_dict().items()}

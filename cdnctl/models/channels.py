@@ -101,7 +101,7 @@ class ChannelMap(nn.Module):
         self.channels = channels if complex_ else channels.parts()
         self.complex = complex_
         inputs = sum(self.channels)
-        self.initial_variance = 1 / inputs  # of an entry, for those who compare weights
+        self.gaussian = gaussian
         shape = (2, width, inputs) if complex_ else (width, inputs)
         self.weight = nn.Parameter(torch.empty(shape))
         if self.weight.is_meta:
@@ -115,6 +115,11 @@ class ChannelMap(nn.Module):
         else:
             drawn = drawn * inputs**-0.5
         self.weight.data.copy_(torch.stack([drawn.real, drawn.imag]) if complex_ else drawn)
+
+    @property
+    def initial_variance(self) -> float:
+        """Mean square of an entry before training, for those who compare weights."""
+        return 1 / sum(self.channels)
 
     @property
     def matrix(self) -> Tensor:
