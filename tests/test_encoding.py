@@ -79,7 +79,7 @@ def test_a_linear_network_may_turn_its_inside() -> None:
         twin[0].weight.copy_(turn @ net[0].weight)
         twin[1].weight.copy_(net[1].weight @ turn.T)
     for found in compared(net, twin):
-        assert found.cosine == pytest.approx(1, abs=1e-6)
+        assert found.cosine == pytest.approx(1, abs=1e-6), found.reason
 
 
 def test_nothing_is_said_of_networks_that_learnt_nothing() -> None:

@@ -116,7 +116,7 @@ def test_a_permuted_twin_is_found_out(name: str) -> None:
 
 
 def test_flattened_channels_have_places() -> None:
-    net, (x, *_) = made("cnn")
+    net, _ = made("cnn")
     assert [(s.name, s.channels, s.rows().shape[2]) for s in stages(net)] == [
         ("0", 2, 9),
         ("3", 5, 9),

@@ -63,7 +63,7 @@ class Rows:
         """Mean of the eigenvalues that the noise cannot be told from: about 1."""
         values = torch.linalg.eigvalsh(self.covariance)
         n, d = self.vectors.shape
-        return float(values[values <= spectra.edge(d, n)].sum() / d)
+        return float(values[values <= spectra.edge(d, n)].mean())
 
 
 def objection(optimiser: str, weight_decay: float) -> str | None:
