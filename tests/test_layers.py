@@ -33,6 +33,7 @@ LAYERS = [
     {"models"},
     {"inverse"},
     {"sampling"},
+    {"transforms"},
     {"core"},
     {"schema"},
     {"files"},
