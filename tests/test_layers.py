@@ -31,6 +31,7 @@ LAYERS = [
         "tiles",
     },
     {"models"},
+    {"transforms"},
     {"core"},
     {"schema"},
     {"files"},
