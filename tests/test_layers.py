@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "cdnctl"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"analysis", "batch", "evaluate", "benchmark", "methods", "ratios", "training"},
+    {"analysis", "batch", "evaluate", "benchmark", "fields", "methods", "ratios", "training"},
     {"restore"},
     {"api", "selection"},
     {
