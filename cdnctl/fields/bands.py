@@ -38,7 +38,7 @@ class Bands:
     def give(self, z: Tensor) -> Tensor:
         """Pictures of the coefficients, with nothing in the other cells: the adjoint of `take`."""
         side = 1 << self.depth
-        cells = z.new_zeros(*z.shape[:-3], side * side, *z.shape[-2:])
+        cells = z.new_zeros((*z.shape[:-3], side * side, *z.shape[-2:]))
         cells = cells.index_copy(-3, self._places.to(z.device), z)
         return from_packets(cells.unflatten(-3, (side, side)), self.wavelet)
 

@@ -84,8 +84,8 @@ class Features:
     def _sigmoids(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each sigmoid and what it lacks to 1."""
         for centre in self.centres:
-            u = (x - centre) / self.width
-            yield torch.sigmoid(-u), torch.sigmoid(u)
+            s = torch.sigmoid((centre - x) / self.width)
+            yield s, 1 - s
 
 
 def window(side: int, reach: int) -> tuple[tuple[Shift, ...], ...]:
@@ -146,15 +146,15 @@ class Energy:
     def _sigmoids(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The part of the potential that is made of sigmoids, and its slope, like x."""
         start, step, cubics = self._table
-        u = ((x - start) / step).clamp(0, len(cubics) - 1e-9)
-        cell = u.floor()
+        u = ((x - start) / step).clamp_(0, cubics.shape[1] - 1e-9)
+        cell = u.long()
         t = u - cell
-        a, b, c, d = cubics.to(x)[cell.long()].unbind(-1)
+        a, b, c, d = (column[cell] for column in cubics.to(x))
         return a + t * (b + t * (c + t * d)), (b + t * (2 * c + 3 * t * d)) / step
 
     @cached_property
     def _table(self) -> tuple[float, float, Tensor]:
-        """First node, distance of nodes, and the cubic between each two, (cells, 4). Thousands of
+        """First node, distance of nodes, and the cubic between each two, (4, cells). Thousands of
         moves evaluate dozens of sigmoids of every pixel: this is ten times faster."""
         features = self.features
         width, first, last = features.width, min(features.centres), max(features.centres)
@@ -168,7 +168,7 @@ class Energy:
             slope -= theta * s * t / width
         rise, left, right = value.diff(), step * slope[:-1], step * slope[1:]
         cubics = [value[:-1], left, 3 * rise - 2 * left - right, left + right - 2 * rise]
-        return start, step, torch.stack(cubics, -1)
+        return start, step, torch.stack(cubics)
 
 
 @dataclass(frozen=True, eq=False)
