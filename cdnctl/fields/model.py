@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,6 +92,9 @@ def fit(
     return FieldModel(wavelet, tuple(reversed(stages)))
 
 
+TAIL = 0.005  # share of pixels below the first centre of the sigmoids, and above the last
+
+
 def check_fields(x: Tensor) -> None:
     """UsageError unless x is a stack of square fields of finite numbers."""
     if x.ndim != 3 or x.shape[1] != x.shape[2] or not x.numel():
@@ -106,8 +110,11 @@ def _stage(x: Tensor, bands: Bands, sigmoids: int, reach: int) -> Stage:
     side, low, high = x.shape[-1], float(x.min()), float(x.max())
     if not low < high:
         raise UsageError(f"the fields are {low:g} everywhere: there is nothing to fit")
-    centres = tuple(torch.linspace(low, high, sigmoids, dtype=torch.float64).tolist())
-    spacing = (high - low) / max(sigmoids - 1, 1)
+    # Beyond the outermost of them only the quadratic part is left: a few outliers would not
+    # determine more, and sigmoids that nothing determines make wells where there is no data.
+    first, last = np.quantile(x.numpy(), [TAIL, 1 - TAIL])
+    centres = tuple(np.linspace(first, last, sigmoids).tolist())
+    spacing = float(last - first) / max(sigmoids - 1, 1)
     features = Features(centres=centres, width=spacing, shifts=window(side, reach))
     found = score_matching(x, features, bands)
     return Stage(side, bands, found.energy, found.errors, found.condition, low, high)
