@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cdnctl.cli import bench, classify, denoise, evaluate, models, noise, train
+from cdnctl.cli import bench, classify, denoise, evaluate, field, models, noise, train
 from cdnctl.cli.common import outlive_readers, report_error
 from cdnctl.errors import CdnctlError, SetupError, UsageError
 from cdnctl.version import VERSION
@@ -40,7 +40,7 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _room in (denoise, classify, noise, evaluate, train, models, bench):
+for _room in (denoise, classify, noise, evaluate, train, models, bench, field):
     _room.register(app)
 
 

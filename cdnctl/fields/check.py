@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cdnctl.errors import UsageError
+from cdnctl.fields.energy import smallest_eigenvalues
+from cdnctl.fields.model import FieldModel
 from cdnctl.fields.simulate import filtered, radial, spectrum
+from cdnctl.transforms.wavelet import split
 
 BINS = 50
 
@@ -62,3 +66,25 @@ def gaussian_twin(x: Tensor, count: int, seed: int) -> Tensor:
     white = np.random.default_rng(seed).standard_normal((count, *x.shape[1:]))
     centred = x.double() - x.mean()
     return x.mean() + filtered(torch.from_numpy(white), spectrum(centred).sqrt())
+
+
+def log_concavity(model: FieldModel, x: Tensor) -> list[dict[str, Any]]:
+    """Of each stage, the finest first, the smallest eigenvalue of the Hessian of its energy at
+    fields x (B, L, L): its least, middle and greatest value, and the share of fields where it is
+    negative, so that the law of the stage is not log-concave.
+
+    Stages of more than 32 pixels a side are left out: they would take too long.
+    """
+    if x.shape[-1] != model.side:
+        raise UsageError(f"the fields have the side {x.shape[-1]}, the model has {model.side}")
+    rows = []
+    for stage in reversed(model.stages):
+        while x.shape[-1] > stage.side:
+            x, _ = split(x, model.wavelet)
+        if stage.side <= 32:
+            values = smallest_eigenvalues(stage.energy, stage.bands, x)
+            quantiles = [float(v) for v in (values.min(), values.median(), values.max())]
+            negative = float((values < 0).double().mean())
+            rows.append({"side": stage.side, "quantiles": quantiles, "negative": negative})
+        x = stage.bands.rest(x)
+    return rows

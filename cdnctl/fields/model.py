@@ -92,6 +92,14 @@ def fit(
     return FieldModel(wavelet, tuple(reversed(stages)))
 
 
+def most_levels(side: int, halves: bool) -> int:
+    """How often a side can be halved: down to a single pixel, if it is a power of two."""
+    levels = 0
+    while side % (4 if halves else 2) == 0:
+        side, levels = side // 2, levels + 1
+    return levels
+
+
 TAIL = 0.005  # share of pixels below the first centre of the sigmoids, and above the last
 
 

@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from cdnctl.checkpoints import SUFFIX, write_atomically
+from cdnctl.checkpoints import write_atomically
 from cdnctl.errors import UsageError, WeightsError
 from cdnctl.fields.bands import Bands
 from cdnctl.fields.energy import Energy, Features
 from cdnctl.fields.model import FieldModel, Stage
+from cdnctl.headers import SUFFIX
 from cdnctl.transforms.wavelet import quarters
 from cdnctl.version import VERSION
 
@@ -29,10 +30,15 @@ KEY = "cdnctl_field"  # of the header in the metadata: other than that of networ
 LARGEST = 2**14  # side that a file may claim
 
 
-def save(path: Path, model: FieldModel, overwrite: bool = True) -> None:
-    """Write a model; UsageError if the name has another suffix or the place does not take it."""
+def check_suffix(path: Path) -> None:
+    """UsageError unless it is the name of a file of a model."""
     if path.suffix != SUFFIX:
         raise UsageError(f"{str(path)!r} must end in {SUFFIX}")
+
+
+def save(path: Path, model: FieldModel, overwrite: bool = True) -> None:
+    """Write a model; UsageError if the name has another suffix or the place does not take it."""
+    check_suffix(path)
     tensors: dict[str, Tensor] = {}
     stages = []
     for number, stage in enumerate(model.stages):
