@@ -19,6 +19,7 @@ LAYERS = [
     {"measure"},
     {"training"},
     {"analysis"},
+    {"fields"},
     {"restore"},
     {"api", "selection"},
     {
