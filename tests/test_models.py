@@ -38,8 +38,9 @@ from cdnctl.models.adjoint import (
     QuadraticForm,
     Residual,
 )
+from cdnctl.models.config import NetConfig
 from cdnctl.models.network import Whole
-from cdnctl.models.trunk import ClassHead, NetConfig, Normalised, Trunk
+from cdnctl.models.trunk import ClassHead, Normalised, Trunk
 
 TINY: NetConfig = REGISTRY["gradresnet"].example
 K = TINY.num_classes

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cdnctl.models.config import NetConfig
 from cdnctl.models.hybrid import Decoder
 from cdnctl.models.network import Mixture, Whole
-from cdnctl.models.trunk import Classifying, Correcting, NetConfig, Normalised
+from cdnctl.models.trunk import Classifying, Correcting, Normalised
 
 
 class Classifier(Classifying):

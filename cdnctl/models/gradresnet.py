@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from cdnctl.models.adjoint import QuadraticForm
+from cdnctl.models.config import NetConfig
 from cdnctl.models.network import Mixture, Whole, resolved
-from cdnctl.models.trunk import PRIOR_STD, Classifying, Correcting, NetConfig, Normalised
+from cdnctl.models.trunk import PRIOR_STD, Classifying, Correcting, Normalised
 
 
 class GradResNet(Correcting, Classifying):

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.functional import conv_transpose2d, pixel_shuffle
 
 from cdnctl.models.adjoint import Chain, Conv
+from cdnctl.models.config import NetConfig
 from cdnctl.models.network import Mixture, Whole, posterior_of, resolved
 from cdnctl.models.trunk import (
     PRIOR_STD,
     Classifying,
     Correcting,
-    NetConfig,
     Normalised,
     heard,
     make_blocks,
