@@ -14,9 +14,10 @@ from cdnctl.analysis.evidence import drawn as evidence_drawn
 from cdnctl.analysis.evidence import evidence
 from cdnctl.analysis.uncertainty import drawn, posterior_std, uncertainty
 from cdnctl.api import Model
-from cdnctl.errors import UnknownClassError, UsageError
+from cdnctl.errors import ImageError, UnknownClassError, UsageError
 from cdnctl.images import Image
 from cdnctl.restore import Settings, classify, restore
+from cdnctl.restore.view import GRADIENT, MIN_TILE
 
 SIGMA = 0.2
 
@@ -274,6 +275,76 @@ def test_whole_pictures_repeat_and_follow_the_class(model: Model) -> None:
     np.testing.assert_array_equal(first, again)
     assert np.isfinite(first).all() and (first >= 0).all()
     assert np.abs(first - other).max() > 1e-4
+
+
+def watch(model: Model, monkeypatch: pytest.MonkeyPatch, most: int | None = None) -> list[int]:
+    """Pixels of the tiles that the network is given; for more than ``most`` memory runs out."""
+    kind, sizes = type(model.module), []
+    correction = kind.correction
+
+    def watched(self: object, y: Tensor, *args: object) -> object:
+        if most is not None and y[:, 0].numel() > most:
+            raise torch.OutOfMemoryError("out of memory")
+        sizes.append(y[:, 0].numel())
+        return correction(self, y, *args)
+
+    monkeypatch.setattr(kind, "correction", watched)
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Of little reach: its tiles may be small."""
+    return tiny(tmp_path_factory.mktemp("narrow"), widths=[8], blocks=[1], patch=512)
+
+
+def test_uncertainty_keeps_to_its_memory(narrow: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a gradient takes more of than restoring does; less than that gives smaller tiles."""
+    y = Image.of(noisy_picture(235, 310), np.float32)
+    need = narrow.module.config.bytes_per_pixel
+    sizes = watch(narrow, monkeypatch)
+    memory = GRADIENT * MIN_TILE**2 * need
+    posterior_std(y, narrow, Settings(SIGMA, memory=memory), probes=1)
+    assert len(sizes) > 1 and GRADIENT * max(sizes) * need <= memory
+    sizes.clear()
+    restore(y, narrow, Settings(SIGMA, memory=memory))
+    assert max(sizes) * need <= memory < GRADIENT * max(sizes) * need
+    sizes.clear()
+    with pytest.raises(ImageError, match=r"--memory allows 1 MB, .* allow more, or give --tile"):
+        posterior_std(y, narrow, Settings(SIGMA, memory=10**6), probes=1)
+    assert not sizes
+    posterior_std(y, narrow, Settings(SIGMA, memory=10**6, tile=200), probes=1)
+    assert max(sizes) <= 200**2, "the tile that was asked for is the tile"
+
+
+def test_evidence_keeps_to_the_memory_that_is_free(
+    narrow: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = watch(narrow, monkeypatch)
+    pixels = np.tile(noisy_picture(100, 300), (1, 4, 1))  # too long to be shrunk
+    evidence(narrow, pixels, SIGMA, draws=0)
+    assert max(sizes) >= 120_000
+    sizes.clear()
+    need = narrow.module.config.bytes_per_pixel
+    monkeypatch.setattr("cdnctl.restore.view.available_memory", lambda _: 2 * MIN_TILE**2 * need)
+    evidence(narrow, pixels, SIGMA, draws=1)
+    assert max(sizes) <= MIN_TILE**2
+
+
+def test_uncertainty_in_smaller_tiles_where_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers but for chance, which is drawn for each tile anew."""
+    exact = tiny(tmp_path, widths=[8], blocks=[1], gaussian=True)
+    y = np.random.default_rng(0).standard_normal((210, 240, 3), np.float32)
+    image = Image.of(0.5 + 0.3 * y, np.float32)
+    whole, _ = posterior_std(image, exact, Settings(SIGMA), probes=1)
+    sizes = watch(exact, monkeypatch, 150**2)
+    parts, _ = posterior_std(image, exact, Settings(SIGMA), probes=1)
+    assert len(sizes) > 1 and max(sizes) <= 150**2
+    np.testing.assert_allclose(parts, whole, rtol=1e-4)
+    with pytest.raises(ImageError, match="give a smaller --tile"):
+        posterior_std(image, exact, Settings(SIGMA, tile=200), probes=1)
 
 
 def test_the_most_probable_class_is_that_of_the_small_picture(tmp_path: Path) -> None:

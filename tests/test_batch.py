@@ -29,7 +29,8 @@ from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Image, Metadata
 from cdnctl.restore import Denoise, Level, Restored, Settings, batch_size, noise_level, restore
 from cdnctl.restore.batch import AHEAD, LARGE_PIXELS, Batch, Done, count_pixels, large_last
-from cdnctl.restore.plan import Job, default_output, expand, find_pictures, plan
+from cdnctl.restore.manifest import Manifest
+from cdnctl.restore.plan import Job, default_output, expand, find_pictures, plan, share
 from cdnctl.selection import Models
 
 SIGMA = 0.2
@@ -363,6 +364,25 @@ def test_an_output_that_appears_meanwhile_is_left_alone(
         assert done["b.png"].error is None, "passed over, as asked"
     else:
         assert "meanwhile" in str(done["b.png"].error) and done["b.png"].exit_code == 2
+
+
+def test_processes_share_what_is_to_be_done(tmp_path: Path) -> None:
+    sources = touch(tmp_path, *(f"in/{i}.png" for i in range(9)))
+    touch(tmp_path, *(f"out/{i}.png" for i in (0, 3, 4, 8)))
+    jobs = plan([tmp_path / "in"], tmp_path / "out", False)
+    for options in ({"skip_existing": True}, {"replace": True}):
+        parts = [share(jobs, None, rank=r, world=3, **options) for r in range(3)]
+        todo, passed = ([job.source for part in parts for job in part[i]] for i in (0, 1))
+        assert sorted(todo + passed) == sources, "each once"
+        assert {p.name for p in passed} == (
+            {"0.png", "3.png", "4.png", "8.png"} if "skip_existing" in options else set()
+        )
+    with pytest.raises(UsageError, match=r"0\.png' and 3 more exist: give --overwrite to"):
+        share(jobs, tmp_path / "out")
+    touch(tmp_path, "out/cdnctl-manifest.jsonl")
+    with pytest.raises(UsageError, match=r"0\.png' exists: give --resume to go on, --overwrite"):
+        share(jobs[:2], tmp_path / "out")
+    assert share(jobs[1:3], None) == (jobs[1:3], [])
 
 
 # -- many files -----------------------------------------------------------------------------
@@ -700,6 +720,27 @@ def test_as_many_at_once_as_the_network_takes(
     shuffled = [replace(job, output=tmp_path / "back" / job.output.name) for job in jobs[::-1]]
     assert len({d.job for d in batch(tmp_path).run(shuffled)}) == count
     assert files(tmp_path / "out") == files(tmp_path / "back")
+
+
+def test_each_picture_is_asked_for_its_model_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And keeps it, with a manifest too."""
+    write_pictures(tmp_path / "in", *(f"{i}.png" for i in range(5)))
+    write(tmp_path / "in" / "large.png", noisy_picture(200, 180))
+    some = batch(tmp_path, manifest=Manifest(tmp_path / "out"))
+    some.parameters  # noqa: B018  asks once for the name
+    asked, pick = [], Models.pick
+
+    def counted(self: Models, height: int, width: int) -> Any:
+        asked.append((height, width))
+        return pick(self, height, width)
+
+    monkeypatch.setattr(Models, "pick", counted)
+    with some.manifest:
+        done = list(some.run(plan([tmp_path / "in"], tmp_path / "out", False)))
+    assert sorted(asked) == [(20, 24)] * 5 + [(200, 180)]
+    assert {d.restored.model for d in done} == {pick(some.models, 1, 1)}
 
 
 def test_a_model_that_is_not_there_stops_everything(tmp_path: Path) -> None:

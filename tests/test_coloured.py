@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import noisy_picture, tiny
 from torch import Tensor
 
+from cdnctl.api import Model
 from cdnctl.core.coloured import (
     AXES,
     OCTAVES,
@@ -22,7 +24,9 @@ from cdnctl.core.coloured import (
     shaped,
 )
 from cdnctl.models import REGISTRY, NetConfig
+from cdnctl.restore import Level, Stack, View
 from cdnctl.restore.measuring import measure
+from cdnctl.restore.noise import Noise
 
 SHAPE = (2, 3, 32, 32)
 NET = NetConfig(
@@ -160,3 +164,70 @@ def test_a_network_that_starts_to_hear_stays_what_it_is() -> None:
     y, sigma = torch.rand(*SHAPE), torch.full((2,), 0.1)
     loud = Told(sigma, torch.ones(2, 2, OCTAVES), torch.ones(2, 1, 32, 32))
     torch.testing.assert_close(net.correction(y, loud)[0], net.correction(y, sigma)[0])
+
+
+CAMERA = Noise(
+    (0.0, 0.4, 1.0),
+    (1.3, 1.0, 0.7),
+    ((0.05, 0.1, 0.09, 0.08), (0.04, 0.12, 0.15, 0.14), (0.04, 0.12, 0.15, 0.14)),
+    0.9,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    model = tiny(tmp_path_factory.mktemp("weights"), "hybrid", coloured=True)
+    g = torch.Generator().manual_seed(0)
+    for name, p in model.module.named_parameters():
+        if ".ears." in name:
+            p.data = torch.randn(p.shape, generator=g)
+    return model
+
+
+def test_what_was_measured_is_told(model: Model) -> None:
+    y = noisy_picture(80, 96)
+    view = View(model, y, Level(0.07, CAMERA))
+    told = view.hears(torch.from_numpy(y.transpose(2, 0, 1))[None])
+    assert isinstance(told, Told) and told.sigma.item() == pytest.approx(view.sigma)
+    assert view.sigma == pytest.approx(0.9 * CAMERA.sigma)
+    want = np.log(np.array(CAMERA.levels)[:2] / CAMERA.sigma)
+    np.testing.assert_allclose(told.spectrum[0].numpy(), want, atol=1e-6)
+    tone = y[:5, :5].mean()
+    at = Noise.curve(CAMERA, np.asarray(tone))
+    assert told.relief[0, 0, 2, 2].item() == pytest.approx(float(at), abs=1e-6)
+
+
+def test_white_gray_and_given_noise_is_told_by_its_level_alone(model: Model) -> None:
+    y = noisy_picture(80, 96)
+    for level in (0.1, Level(0.1, Noise.white(0.1))):
+        assert not View(model, y, level).coloured
+    gray = np.repeat(y[:, :, :1], 3, 2)
+    assert not View(model, gray, Level(0.1, CAMERA)).coloured
+    deaf = replace(model.module.needs, coloured=False)
+    hearing, model.module.needs = model.module.needs, deaf
+    try:
+        assert not View(model, y, Level(0.1, CAMERA)).coloured
+    finally:
+        model.module.needs = hearing
+
+
+def test_tiles_hear_what_the_whole_hears(model: Model) -> None:
+    y = noisy_picture(300, 260)
+    level = Level(0.07, CAMERA)
+    whole, tiles = View(model, y, level, 1000), View(model, y, level, 130)
+    assert len(tiles.tiles) > 4 and len(whole.tiles) == 1
+    plain = View(model, y, whole.sigma, 1000)
+    for mixture in (None, torch.tensor([1.0, 0, 0])):
+        ours = whole.correction(mixture)
+        np.testing.assert_allclose(tiles.correction(mixture), ours, atol=1e-4)
+        assert np.abs(plain.correction(mixture) - ours).max() > 1e-3, "or nothing was heard"
+
+
+def test_each_of_a_stack_hears_its_own_noise(model: Model) -> None:
+    pictures = [noisy_picture(64, 64, seed=seed) for seed in range(3)]
+    levels = [Level(0.07, CAMERA), Level(0.1), Level(0.2, Noise.white(0.2))]
+    views = [View(model, y, level) for y, level in zip(pictures, levels, strict=True)]
+    together = Stack(views).solve()
+    for y, level, found in zip(pictures, levels, together, strict=True):
+        alone, _ = View(model, y, level).solve()
+        np.testing.assert_allclose(found, alone, atol=1e-6)

@@ -14,7 +14,7 @@ from torch import Tensor
 from cdnctl.core.joint import HasScore, denoise, log_marginal, per_sample, posterior, score
 from cdnctl.core.losses import cross_entropy, score_matching
 from cdnctl.core.metrics import accuracy, psnr
-from cdnctl.core.noise import add_noise, sample_sigma
+from cdnctl.core.noise import add_noise, noised, noised_array, sample_sigma
 
 SHAPE = (1, 3, 4)
 CLASSES = (1, 3, 2)  # components of each class: one is a single Gaussian
@@ -295,6 +295,20 @@ def test_cross_entropy_of_labelled_pictures_only(smoothing: float) -> None:
     for i, c in enumerate(labels.tolist()):
         want = -(1 - smoothing) * log_p[i, c] - smoothing * log_p[i].mean() if c >= 0 else 0.0
         assert abs(got[i].item() - float(want)) < 1e-12
+
+
+def test_noise_is_added_to_tensors_and_arrays_alike() -> None:
+    """To the bit, whether the level is one or one of each picture."""
+    x = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.1, 0.7, 0.3])
+    noise = torch.from_numpy(np.random.default_rng(5).standard_normal(x.shape, np.float32))
+    each = noised(x, sigma, noise)
+    for i, level in enumerate(sigma.tolist()):
+        one = noised_array(x.numpy(), level, np.random.default_rng(5))
+        assert np.array_equal(one, noised(x, level, noise)) and one.dtype == np.float32
+        assert torch.equal(each[i], torch.from_numpy(one[i])) and not np.array_equal(one, x)
+    shared = noised(x, 0.3, noise[0])  # one noise for all pictures
+    assert torch.equal(shared[2], noised(x[2:], 0.3, noise[:1])[0])
 
 
 def test_psnr_and_accuracy() -> None:

@@ -19,6 +19,7 @@ LAYERS = [
     {"measure"},
     {"training"},
     {"analysis"},
+    {"fields"},
     {"restore"},
     {"api", "selection"},
     {
@@ -31,6 +32,9 @@ LAYERS = [
         "runtime",
     },
     {"models"},
+    {"inverse"},
+    {"sampling"},
+    {"transforms"},
     {"core"},
     {"schema"},
     {"files"},

@@ -254,12 +254,12 @@ def test_a_line_claims_no_class_that_was_not_asked_for(
 
 
 def test_lines_of_earlier_versions_are_understood(place: Path) -> None:
-    """Which told the most probable class as "class"."""
+    """Which told the most probable class as "class", and knew no operation but denoising."""
     go_on(place)
     manifest = place / "out" / NAME
     old = [dict(record) for record in lines(place / "out")]
     for record in old:
-        del record["class_asked"]
+        del record["class_asked"], record["operation"]
         record["class"] = record.pop("most_probable_class")
     manifest.write_text("".join(json.dumps(record) + "\n" for record in old))
     assert redone(go_on(place)) == set()

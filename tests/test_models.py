@@ -38,9 +38,8 @@ from cdnctl.models.adjoint import (
     QuadraticForm,
     Residual,
 )
-from cdnctl.models.config import NetConfig
 from cdnctl.models.network import Whole
-from cdnctl.models.trunk import ClassHead, Normalised, Trunk
+from cdnctl.models.trunk import ClassHead, NetConfig, Normalised, Trunk
 
 TINY: NetConfig = REGISTRY["gradresnet"].example
 K = TINY.num_classes

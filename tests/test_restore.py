@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,18 @@ from cdnctl.core.joint import Corrector, HasPosterior
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image, Metadata
 from cdnctl.models import REGISTRY
-from cdnctl.restore import Settings, classify, estimate_sigma, restore, restore_batch
+from cdnctl.restore import (
+    Level,
+    Settings,
+    Stack,
+    View,
+    batch_size,
+    classify,
+    estimate_sigma,
+    noise_level,
+    restore,
+    restore_batch,
+)
 
 SIGMA = 0.2
 
@@ -382,7 +394,63 @@ def test_settings_are_checked(wrong: dict[str, float]) -> None:
         Settings(**wrong)
 
 
+# -- pictures in the network together ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(20, 24), (210, 240)], ids=["small", "large"])
+@pytest.mark.parametrize("tile", [None, 100], ids=["whole", "tiles"])
+def test_a_stack_gives_what_each_view_gives(
+    narrow: Model, size: tuple[int, int], tile: int | None
+) -> None:
+    """Small pictures, gray ones among them, each with noise and a class of its own; or one."""
+    kinds = [(3, 0.1), (1, 0.2), (3, 0.3)][: 3 if batch_size(*size) > 2 else 1]
+    pictures = [noisy_picture(*size, c, sigma, seed=c) for c, sigma in kinds]
+    levels = [Level(sigma) for _, sigma in kinds]
+
+    def views() -> list[View]:
+        samples = [p.repeat(4 - p.shape[2], -1)[..., :3] for p in pictures]
+        return [View(narrow, s, level, tile) for s, level in zip(samples, levels, strict=True)]
+
+    assert (len(views()[0].tiles) > 1) == (tile is not None and len(kinds) == 1)
+    one_hot = torch.eye(3)[: len(kinds)]
+    for mixture in (None, one_hot, lambda logits: logits.softmax(1).square()):
+        stack = Stack(views())
+        steps = stack.solve(mixture)
+        assert len(steps) == len(kinds) and stack.logits.shape == (len(kinds), 3)
+        for i, view in enumerate(views()):
+
+            def chosen(logits: torch.Tensor, i: int = i, mixture: Any = mixture) -> torch.Tensor:
+                return mixture[i] if mixture is one_hot else mixture(logits[None])[0]
+
+            expected, logits = view.solve(None if mixture is None else chosen)
+            np.testing.assert_allclose(steps[i], expected, atol=1e-6)
+            torch.testing.assert_close(stack.logits[i], logits, atol=1e-4, rtol=1e-4)
+            assert np.abs(expected).max() > 1e-3
+
+
+def test_class_scores_and_differences_of_a_stack(model: Model) -> None:
+    """Scores asked for first are those that come with the corrections."""
+    views = [View(model, noisy_picture(20, 24, seed=i), SIGMA) for i in range(2)]
+    asked, found = Stack(views), Stack(views)
+    found.solve()
+    torch.testing.assert_close(asked.logits, found.logits, atol=1e-5, rtol=1e-5)
+    zero = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+    first, second = found.corrections(zero)
+    assert first.shape == (1, 3, 20, 24) and first.abs().max() > 1e-3
+    assert second.abs().max() < 1e-6, "linear in the mixture"
+
+
 # -- the noise level ------------------------------------------------------------------------
+
+
+def test_the_noise_level_of_an_image_is_that_of_its_samples() -> None:
+    samples = images.from_unit(noisy_picture(80, 90), np.dtype(np.uint8))
+    alpha = np.full((80, 90), 255, np.uint8)
+    alpha[:, 30:] = 0
+    samples[:, 30:] = 99
+    image = Image(samples, alpha)
+    assert noise_level(image) == noise_level(samples, alpha) != noise_level(samples)
+    assert noise_level(image, sigma=0.3) == Level(0.3)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -21,6 +21,7 @@ from torch import Tensor
 from cdnctl import figures
 from cdnctl.api import Model
 from cdnctl.core.joint import MIN_SIGMA, Corrector, HasPosterior
+from cdnctl.core.noise import noised_array
 from cdnctl.errors import UsageError
 from cdnctl.images import PEAK, Image, to_unit
 from cdnctl.restore import View, at_class_scale, memory_errors, ranked
@@ -115,7 +116,7 @@ def _looks(
     for i in range(draws):
         down, right = (i * steps % 1 * model.needs.multiple).astype(int)
         shifted = np.pad(pixels, ((down, 0), (right, 0), (0, 0)), "symmetric")
-        yield shifted + np.float32(sigma) * rng.standard_normal(shifted.shape, np.float32)
+        yield noised_array(shifted, sigma, rng)
 
 
 def drawn(image: Image, found: Evidence) -> Image:

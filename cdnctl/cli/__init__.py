@@ -19,6 +19,7 @@ from cdnctl.cli import (
     doctor,
     evaluate,
     explain,
+    field,
     models,
     noise,
     ood,
@@ -57,6 +58,7 @@ PANELS = {  # of the help, in its order: the modules whose commands it shows
     "Understand": (classify, explain, noise),
     "Measure": (evaluate, attack, ood, bench),
     "Models": (train, models, doctor),
+    "Fields": (field,),
 }
 for _panel, _rooms in PANELS.items():
     for _room in _rooms:

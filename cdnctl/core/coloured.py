@@ -91,24 +91,25 @@ def curve(tones: Tensor, knots: Tensor) -> Tensor:
 def camera_levels(count: int, generator: torch.Generator | None = None) -> Tensor:
     """Random relative levels as cameras leave them, (count, 2, OCTAVES): luma and chroma.
 
-    The finest octave is weaker than the next by up to three halvings, in chroma by up to four;
-    coarser ones differ from it by chance, and chroma from luma.
+    From octave to octave they grow: in luma because demosaicing and JPEG take the finest, in chroma
+    further, because it is smoothed, and kept at half the resolution. As often the octaves are
+    alike. Ranges are those of simulated cameras.
     """
 
-    def normal(std: float) -> Tensor:
-        return std * torch.randn(count, generator=generator)
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, generator=generator)
 
-    def weaker(most: float) -> Tensor:
-        # Now and then not at all.
-        u = torch.rand(2, count, generator=generator)
-        return torch.where(u[0] < 0.2, 0.1 * u[1], most * u[1])
-
+    even = torch.where(uniform(0, 1) < 0.3, 0.2, 1.0)  # how much of the growth is there
     rows = []
-    for offset, fine in ((torch.zeros(count), 3.0), (0.3 + normal(0.8), 4.0)):
-        second = offset
-        third = second + normal(0.4)
-        rows.append([second - weaker(fine), second, third, third + normal(0.4)])
-    return torch.stack([torch.stack(row, 1) for row in rows], 1).exp2()
+    chroma = -0.3 + torch.randn(count, generator=generator)
+    for second, falls, grows, grows_on in (
+        (torch.zeros(count), 2.0, 0.8, 0.8),
+        (chroma, 2.5, 2.2, 1.2),
+    ):
+        third = second + even * uniform(-0.2, grows)
+        first, fourth = second - even * uniform(-0.1, falls), third + even * uniform(-0.2, grows_on)
+        rows.append(torch.stack([first, second, third, fourth], 1))
+    return torch.stack(rows, 1).exp2()
 
 
 def camera_knots(count: int, generator: torch.Generator | None = None, knots: int = 5) -> Tensor:

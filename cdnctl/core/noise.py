@@ -28,12 +28,16 @@ def add_noise(x: Tensor, sigma: Tensor | float, generator: torch.Generator | Non
     return noised(x, sigma, noise)
 
 
+def noised_array(x: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """`add_noise` for an array of any shape, float32."""
+    return x + np.float32(sigma) * rng.standard_normal(x.shape, np.float32)
+
+
 def noisy_version(clean: np.ndarray, sigma: float, name: str, seed: int) -> np.ndarray:
-    """`noised` for a picture of a folder, float32 (H, W, C): its noise depends on name, sigma and
-    seed alone, so neither on the order of the pictures nor on their number."""
+    """`noised_array` of a named picture, float32 (H, W, C). The noise depends on name, sigma and
+    seed alone: neither the order of pictures nor their number changes it."""
     key = zlib.crc32(f"{name} {sigma:.9f}".encode())
-    noise = np.random.default_rng([seed, key]).standard_normal(clean.shape, np.float32)
-    return clean + np.float32(sigma) * noise
+    return noised_array(clean, sigma, np.random.default_rng([seed, key]))
 
 
 def sample_sigma(

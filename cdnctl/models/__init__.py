@@ -13,8 +13,8 @@
 
 and a line in ``REGISTRY`` with both, a config so small that tests are quick, and the name of what
 it is trained to do, one of those in training/objectives.py. All commands then know it, and
-tests/test_contract.py tries it. A residual encoder that knows its adjoint is in trunk.py, the
-config of its shape in config.py, for those that can use them.
+tests/test_contract.py tries it. A residual encoder that knows its adjoint is in trunk.py, for
+those that can use it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 from cdnctl.errors import ConfigError
 from cdnctl.models.baselines import Classifier, UNet
-from cdnctl.models.config import NetConfig
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.models.hybrid import Hybrid
 from cdnctl.models.network import Mixture, Needs, Network, Whole
+from cdnctl.models.trunk import NetConfig
 
 __all__ = [
     "REGISTRY",

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cdnctl.models.config import NetConfig
 from cdnctl.models.hybrid import Decoder
 from cdnctl.models.network import Mixture, Whole
-from cdnctl.models.trunk import Classifying, Correcting, Normalised
+from cdnctl.models.trunk import Classifying, Correcting, NetConfig, Normalised
 
 
 class Classifier(Classifying):

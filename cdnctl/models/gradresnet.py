@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from cdnctl.models.adjoint import QuadraticForm
-from cdnctl.models.config import NetConfig
 from cdnctl.models.network import Mixture, Whole, resolved
-from cdnctl.models.trunk import PRIOR_STD, Classifying, Correcting, Normalised
+from cdnctl.models.trunk import PRIOR_STD, Classifying, Correcting, NetConfig, Normalised
 
 
 class GradResNet(Correcting, Classifying):

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from torch.nn.functional import conv_transpose2d, pixel_shuffle
 
 from cdnctl.models.adjoint import Chain, Conv
-from cdnctl.models.config import NetConfig
+from cdnctl.models.hearing import heard, make_ears
 from cdnctl.models.network import Mixture, Whole, posterior_of, resolved
 from cdnctl.models.trunk import (
     PRIOR_STD,
     Classifying,
     Correcting,
+    NetConfig,
     Normalised,
-    heard,
     make_blocks,
-    make_ears,
 )
 
 
@@ -52,7 +51,7 @@ class Decoder(nn.Module):
             Conv(w, deeper, config.down, stride=2)
             for w, deeper in zip(config.widths, config.widths[1:], strict=False)
         )
-        self.ears = make_ears(config, config.widths)
+        self.ears = make_ears(config.widths, config.coloured)
         self.out = Conv(config.channels * config.unshuffle**2, config.widths[0], 3, gain=0.1)
 
     def forward(self, features: list[Tensor], n: Normalised) -> Tensor:
@@ -61,7 +60,7 @@ class Decoder(nn.Module):
         for i in reversed(range(len(features))):
             skip = self.skips[i](features.pop())[0]  # (B, widths[i], h_i, w_i)
             h = skip if h is None else skip + _transposed(self.ups[i], h)
-            h = self.blocks[i](heard(self.ears, i, n, h))[0]
+            h = self.blocks[i](heard(self.ears, i, n.spectrum, h))[0]
         assert h is not None
         return pixel_shuffle(_transposed(self.out, h), self.unshuffle)
 

@@ -27,6 +27,7 @@ from cdnctl.restore.classes import (
 )
 from cdnctl.restore.denoise import Denoise, Restored, moved, restore, restore_batch, whole_place
 from cdnctl.restore.levels import Level, estimate_sigma, noise_level
+from cdnctl.restore.operation import Operation, Result
 from cdnctl.restore.samples import on_own_scale, on_unit_scale
 from cdnctl.restore.settings import Settings
 from cdnctl.restore.stack import Stack, batch_size
@@ -44,8 +45,10 @@ __all__ = [
     "Classified",
     "Denoise",
     "Level",
+    "Operation",
     "OutOfMemory",
     "Restored",
+    "Result",
     "Settings",
     "Stack",
     "View",

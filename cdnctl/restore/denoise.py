@@ -97,7 +97,7 @@ def restore(
         with memory_errors(view):
             change = class_change(view, logits, chosen)
     result = _noted(image.with_samples(samples), level, held, settings.sigma is not None)
-    return Restored(result, model, level.sigma, view.told, found, held, change)
+    return Restored(result, model, view.sigma, view.told, found, held, change)
 
 
 def _noted(image: Image, level: Level, held: float, told: bool) -> Image:

@@ -95,6 +95,12 @@ class Noise:
         return self.confidence * self.told
 
     @property
+    def camera(self) -> bool:
+        """Whether it is noise, of colour pictures, that differs from white noise of one level."""
+        uneven = max(self.shape) > 1.05 * min(self.shape)
+        return len(self.levels) == 3 and self.safe > 0 and (uneven or not self.is_white)
+
+    @property
     def is_white(self) -> bool:
         """Whether white noise of one level describes it well enough."""
         return bool(self.octaves.max() <= 1.01 * self.octaves.min())

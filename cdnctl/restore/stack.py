@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdnctl.core.joint import Mixture
+from cdnctl.core.coloured import OCTAVES, Told
+from cdnctl.core.joint import Mixture, Sigma
 from cdnctl.restore.view import View
 
 
@@ -39,7 +40,23 @@ class Stack:
             self._noisy = [view.read(self._box)[None] for view in views]
             y = [view.repeated(part) for view, part in zip(views, self._noisy, strict=True)]
             self._y = self._filled(torch.cat(y))
-            self._told = self._filled(torch.tensor([view.told for view in views]), 1.0)
+            self._sigma = self._filled(torch.tensor([view.told for view in views]), 1.0)
+            self._told: Sigma = self._sigma
+            if any(view.coloured for view in views):
+                self._told = self._heard()
+
+    def _heard(self) -> Told:
+        """What is told of all; of white noise that it is white."""
+        said = []
+        for view, y in zip(self.views, self._noisy, strict=True):
+            heard = view.hears(y)
+            if not isinstance(heard, Told):
+                heard = Told(
+                    y.new_full((1,), view.told), y.new_zeros(1, 2, OCTAVES), y[:, :1] * 0 + 1
+                )
+            said.append(heard)
+        sigma, spectrum, relief = (torch.cat(parts) for parts in zip(*said, strict=True))
+        return Told(self._filled(sigma, 1.0), self._filled(spectrum), self._filled(relief, 1.0))
 
     def _filled(self, values: Tensor, blank: float = 0.0) -> Tensor:
         """(n, ...) with blanks up to a full batch, on the device of the model."""
@@ -55,7 +72,7 @@ class Stack:
         if self.tiled:
             return self.first.logits()[None]
         if self._logits is None:
-            logits = self.model.classifier().logits(self._y, self._told)
+            logits = self.model.classifier().logits(self._y, self._sigma)
             self._logits = logits[: len(self.views)].cpu()
         return self._logits
 

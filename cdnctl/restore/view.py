@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cdnctl import images
 from cdnctl.api import Model
+from cdnctl.core.coloured import Told, local_tone, said
 from cdnctl.core.guard import held_back, held_to
-from cdnctl.core.joint import HasClassFeatures, HasPosterior, Mixture, Whole
+from cdnctl.core.joint import HasClassFeatures, HasPosterior, Mixture, Sigma, Whole
 from cdnctl.core.mirror import reflected
 from cdnctl.errors import ImageError
 from cdnctl.restore import tiles
@@ -79,6 +80,11 @@ class View:
             check_channels(model, self.channels)
         self.repeat = needs.channels if gray else 1
         self.told = self.sigma * self.repeat**0.5
+        # Told of its octaves, colours and tones, the level is that of a pixel, not of an octave.
+        noise = self.level.noise
+        self.coloured = needs.coloured and noise is not None and noise.camera and not gray
+        if self.coloured and noise is not None:
+            self.sigma = self.told = noise.confidence * noise.sigma
         # Extended by mirroring to what the network works on: whole cells.
         height, width = (n + -n % needs.multiple for n in (self.height, self.width))
         if needs.margin is None:
@@ -150,6 +156,17 @@ class View:
             return None
         return Whole(self.cells, self.logits().softmax(0).to(self.model.device))
 
+    def hears(self, y: Tensor) -> Sigma:
+        """What the network is told of the noise of tiles y, (B, C, h, w)."""
+        noise = self.level.noise
+        if not self.coloured or noise is None:
+            return self.told
+        levels = torch.tensor(noise.octaves / noise.sigma, dtype=torch.float32)
+        chroma = levels[1:].square().mean(0).sqrt()
+        spectrum = said(torch.stack([levels[0], chroma])).to(y)
+        relief = _relative(noise, local_tone(y.detach()))
+        return Told(y.new_full((len(y),), self.sigma), spectrum.expand(len(y), -1, -1), relief)
+
     def repeated(self, y: Tensor) -> Tensor:
         """(B, C, h, w) of the picture with the network's number of channels."""
         return y.repeat(1, self.repeat, 1, 1)
@@ -166,7 +183,11 @@ class View:
             tone = (y + correction).mean(1, keepdim=True)
             strength = EXCESS * noise.confidence * noise.sigma
             correction = held_to(correction, strength * _relative(noise, tone))
-        correction, factor = held_back(correction, self.sigma, sample_step(self.pixels.dtype))
+        most = self.sigma
+        if self.coloured and noise is not None:
+            # Grains are few to a window, whose mean square then differs by chance.
+            most *= max(noise.shape) * max(1, noise.grain)
+        correction, factor = held_back(correction, most, sample_step(self.pixels.dtype))
         self._held += int((factor < 1).sum())
         self._covered += factor.numel()
         return correction
@@ -187,7 +208,8 @@ class View:
         if isinstance(mixture, Tensor):
             mixture = mixture.to(y.device)
         network = self.model.corrector()
-        return network.correction(self.repeated(y), self.told, mixture, self.whole(mixture))[0]
+        whole = self.whole(mixture)
+        return network.correction(self.repeated(y), self.hears(y), mixture, whole)[0]
 
     def correct(self, y: Tensor, mixture: Mixture) -> Tensor:
         """sigma^2 sum_c w_c s_c(y) for tiles (B, C, h, w) of the picture, differentiable."""
@@ -229,7 +251,7 @@ class View:
                 return choose(logits[0].cpu()).to(logits.device)
 
             correction, logits = self.model.corrector().correction(
-                self.repeated(y), self.told, None if choose is None else chosen
+                self.repeated(y), self.hears(y), None if choose is None else chosen
             )
             self._logits = logits[0].cpu()
             return self.accepted(y, correction)

@@ -1,0 +1,1 @@
+"""Physical fields, which are no photographs: simulated, modelled scale by scale, sampled."""
