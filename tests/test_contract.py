@@ -24,7 +24,7 @@ from cdnctl.api import Model, load
 from cdnctl.checkpoints import Header, build_module, load_model, save_model
 from cdnctl.core import joint
 from cdnctl.core.joint import Corrector, HasClassFeatures, HasPosterior, Joint, per_sample
-from cdnctl.errors import ConfigError, UsageError
+from cdnctl.errors import ConfigError, ImageError, UsageError, WeightsError
 from cdnctl.images import Image
 from cdnctl.measure.evaluate import evaluate, find_samples
 from cdnctl.models import REGISTRY, Architecture, Mixture, Needs, NetConfig, Network, Whole
@@ -32,6 +32,7 @@ from cdnctl.models.baselines import UNet
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.models.network import resolved
 from cdnctl.restore import Settings, View, classify, restore
+from cdnctl.training import datasets
 from cdnctl.training.config import parse
 from cdnctl.training.loop import train
 
@@ -510,6 +511,32 @@ def test_tiles_give_what_the_whole_gives(model: Model) -> None:
             np.testing.assert_allclose(view.correction(w), whole.correction(w), atol=1e-5)
 
 
+@pytest.mark.parametrize("arch", ["one channel"])
+def test_colour_is_refused_by_a_gray_model(model: Model, tmp_path: Path) -> None:
+    """But for gray that is stored as colour; and by `evaluate` without an end to the rest."""
+    gray = noisy_picture(20, 24, 1)
+    stored = np.repeat(gray, 3, axis=2)
+    want = restore(exact(gray), model, Settings(0.1)).image.samples
+    assert np.array_equal(
+        restore(exact(stored), model, Settings(0.1)).image.samples, want.repeat(3, 2)
+    )
+    with pytest.raises(ImageError, match="model 'tiny' is for gray pictures, but this one has 3"):
+        restore(exact(noisy_picture(20, 24)), model, Settings(0.1))
+    write(tmp_path / "cat" / "a.png", picture(24, 20))
+    write(tmp_path / "cat" / "b.png", picture(24, 20, 1))
+    rows = list(evaluate(find_samples(tmp_path, None, model), model, [0.1]))
+    assert [row.error is None for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize("arch", ["blur"])
+def test_a_model_of_other_values_is_no_model_of_pictures(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "field.safetensors"
+    save_model(path, model.module.state_dict(), replace(model.header, value_range=(-2.0, 2.0)))
+    assert load_model(path)[0].needs.value_range == (-2.0, 2.0)
+    with pytest.raises(WeightsError, match="values from -2 to 2, and not of pictures"):
+        load(path)
+
+
 @pytest.fixture
 def dataset(tmp_path: Path) -> Iterator[Path]:
     for name in ("cat", "dog", "emu"):
@@ -538,3 +565,14 @@ def test_some_steps_of_training(arch: str, dataset: Path, tmp_path: Path) -> Non
     changed = [k for k, v in trained.module.state_dict().items() if not torch.equal(v, start[k])]
     assert changed, "weights stay as they were"
     assert trained.classes == (classes_of(arch) and ("cat", "dog", "emu"))
+
+
+def test_gray_training_pictures_are_means_of_colours(dataset: Path) -> None:
+    sources = datasets.find_pictures(dataset)
+    cpu = torch.device("cpu")
+    colour, gray = (datasets.Pictures.load(sources, ["cat", "dog", "emu"], cpu, c) for c in (3, 1))
+    every = torch.arange(len(gray))
+    corner = torch.zeros_like(every)
+    some, mean = (p.crops(every, corner, corner, corner, 16) for p in (colour, gray))
+    assert mean.shape == (len(sources), 1, 16, 16)
+    torch.testing.assert_close(mean, some.mean(1, keepdim=True), atol=0.51 / 255, rtol=0)

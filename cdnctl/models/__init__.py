@@ -13,8 +13,8 @@
 
 and a line in ``REGISTRY`` with both, a config so small that tests are quick, and the name of what
 it is trained to do, one of those in training/objectives.py. All commands then know it, and
-tests/test_models.py tries it. A residual encoder with an adjoint is in trunk.py, for those that
-can use it.
+tests/test_contract.py tries it. A residual encoder that knows its adjoint is in trunk.py, for
+those that can use it.
 """
 
 from __future__ import annotations
