@@ -32,6 +32,7 @@ SHAPE = NetConfig(num_classes=3, widths=(4, 8), blocks=(1, 1), norm="pixel", hea
 # -- methods, each in a process of its own ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_quality_is_that_of_the_method(tmp_path: Path, cdnctl: Run) -> None:
     """Each method as if called here, on the same noisy pictures; memory is one per method."""
     folder = tmp_path / "in"
@@ -57,6 +58,7 @@ def test_quality_is_that_of_the_method(tmp_path: Path, cdnctl: Run) -> None:
         assert two[0]["peak_mb"] == two[1]["peak_mb"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods.YARDSTICKS)
 def test_yardsticks_in_tiles_do_the_work_of_the_whole(name: str) -> None:
     stack = methods.PlainStack(*methods.YARDSTICKS[name])
@@ -75,6 +77,7 @@ def test_models_keep_the_samples_of_a_picture() -> None:
     assert methods.method("photo")(noisy, 0.1).dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_method() -> None:
     """It holds a picture and a result at least, and knows nothing of what this process holds."""
     ballast = np.ones((500, 1000, 1000), np.uint8)
@@ -83,6 +86,7 @@ def test_peak_memory_is_that_of_the_method() -> None:
     assert large.peak_mb > 2 * 2e6 * 3 * 4 / 1e6
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_or_dies() -> None:
     with (
         benchmark._worker("wavelet", 1) as run,
@@ -102,6 +106,7 @@ def workers() -> list[psutil.Process]:
     return [p for p in children if any("spawn_main" in part for part in p.cmdline())]
 
 
+@pytest.mark.slow
 def test_plot(tmp_path: Path, cdnctl: Run) -> None:
     write(tmp_path / "in" / "a.png", picture(20, 24))
     plot = tmp_path / "plot.png"
@@ -176,6 +181,7 @@ def test_ways_take_turns() -> None:
     assert {way: len(times) for way, times in seconds.items()} == {"a": 3, "b": 3}
 
 
+@pytest.mark.slow
 def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     few = partial(gradient.ratios, pixels=2**12, rounds=1)
     monkeypatch.setattr(gradient, "ratios", few)

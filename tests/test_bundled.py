@@ -78,6 +78,7 @@ def test_a_picture_comes_out_nearer_to_the_truth(model: Model, sigma: float, sid
     assert not worse, f"left {worse} of noise {sigma}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(30, 300), (257, 190)])
 def test_larger_flats_are_flat(model: Model, size: tuple[int, int]) -> None:
     """Sizes that go through the network on their own, gray and colour."""

@@ -438,6 +438,7 @@ FUZZ = settings(
 )
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted(raw_header())), JSON)
 @FUZZ
 def test_any_value_in_any_header_field(good: Path, key: str, value: Any) -> None:
@@ -446,6 +447,7 @@ def test_any_value_in_any_header_field(good: Path, key: str, value: Any) -> None
         check_sound(*load_model(good))
 
 
+@pytest.mark.slow
 @given(st.sampled_from([*sorted(MODEL), "side", "groups", "down", "channels", "new"]), JSON)
 @FUZZ
 def test_any_value_in_any_model_field(good: Path, key: str, value: Any) -> None:

@@ -238,6 +238,7 @@ def worker(rank: int, folder: Path, datasets: list[Path]) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_on_the_joined_batch(
     whole: Path, datasets: list[Path], tmp_path: Path
 ) -> None:
