@@ -126,3 +126,10 @@ def test_generative_constants() -> None:
         assert values == sorted(values, reverse=True) and values[0] < discriminative_v(d)
     steps = np.diff([generative_v(d, 3.0) for d in (1, 2, 3)])
     assert abs(steps[0] - steps[1]) < 1e-9
+
+
+def test_the_constant_in_one_dimension() -> None:
+    """Where the slope along the means, whose variance has a term of its own, matters most."""
+    n, rng = 3200, np.random.default_rng(1)
+    losses = np.array([n * excess(analysis(*examples(rng, 1, 3.0, n)), 3.0) for _ in range(1500)])
+    assert abs(losses.mean() - generative_v(1, 3.0)) < 4 * losses.std() / np.sqrt(1500)
