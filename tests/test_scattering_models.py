@@ -232,6 +232,17 @@ def test_coefficients_are_those_of_the_bank() -> None:
         assert layer.map.channels.total == want.shape[1]
 
 
+def test_layers_of_half_octaves_alternate() -> None:
+    """The second one reads its own filters, at every other pixel."""
+    x = randn(2, 4, 8, 8, dtype=torch.complex128)
+    low, bands = waves.bank("second-half", 8, 8, 4, torch.float64)
+    found = waves.convolve(x, torch.cat([low[None], bands]), 2)
+    layer = Layer(ScatteringConfig(**SMALL), 1, Channels(0, 4))
+    lows = found[:, :, 0]
+    want = torch.cat([waves.modulus(found[:, :, 1:]).flatten(1, 2), lows.real, lows.imag], 1)
+    close(layer.coefficients(packed(x)), want)
+
+
 def test_factorised_filters_come_in_both_signs() -> None:
     layer = Layer(ScatteringConfig(**SMALL | KINDS["factorised"]), 0, Channels(3))
     found = layer.coefficients(randn(2, 3, 8, 8))
