@@ -17,22 +17,22 @@ FIELD = "field"
 
 @pytest.fixture
 def fields(cdnctl: Run, tmp_path: Path) -> Path:
-    run = cdnctl(FIELD, "simulate", "phi4", "-o", "x.npy", "--count", 400, "--side", 8)
+    run = cdnctl(FIELD, "simulate", "phi4", "-o", "x.npy", "--count", 1500, "--side", 8)
     assert run.code == 0
     return tmp_path / "x.npy"
 
 
 def test_simulate_fit_sample_check(cdnctl: Run, fields: Path, tmp_path: Path) -> None:
-    assert np.load(fields).shape == (400, 8, 8)
+    assert np.load(fields).shape == (1500, 8, 8)
     run = cdnctl(FIELD, "fit", fields, "-o", "m.safetensors", "--json")
     rows = [json.loads(line) for line in run.out.splitlines()]
     assert run.code == 0 and [row["side"] for row in rows] == [1, 2, 4, 8]
     run = cdnctl(
-        FIELD, "sample", "m.safetensors", "-o", "y.tif", "--count", 64, "--moves", 60, "--json"
+        FIELD, "sample", "m.safetensors", "-o", "y.tif", "--count", 100, "--moves", 30, "--json"
     )
     assert run.code == 0 and len(run.out.splitlines()) == 4
     y = tifffile.imread(tmp_path / "y.tif")
-    assert y.shape == (64, 8, 8) and y.dtype == np.float32
+    assert y.shape == (100, 8, 8) and y.dtype == np.float32
     run = cdnctl(
         FIELD, "check", fields, "y.tif", "--plot", "p.png", "--model", "m.safetensors", "--json"
     )

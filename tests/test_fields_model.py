@@ -156,7 +156,7 @@ def test_small_fields_of_phi4_are_those_of_their_model() -> None:
 @pytest.mark.slow
 def test_fields_of_phi4_at_32() -> None:
     """Five scales to a single pixel, no symmetrisation: spread, every ring of the spectrum with
-    that of the mean, and the law of a pixel, which has two modes. About two minutes."""
+    that of the mean, and the law of a pixel, which has two modes. Minutes."""
     x = phi4(4096, 32, 0.68, seed=0)
     model = fit(x, 5, "haar")
     y, runs = sample(model, 800, seeded(0), Effort(100, 250))
@@ -164,7 +164,9 @@ def test_fields_of_phi4_at_32() -> None:
     fine_x, fine_y = pyramid(x, 3)[0], pyramid(y, 3)[0]
     for a, b in ((x, y), (split(x)[0], split(y)[0]), (fine_x, fine_y)):
         assert abs(float(b.std() / a.std()) - 1) < 0.04
-    assert ((found.spectrum_ratio - 1).abs() < 0.1).all()
+    off = (found.spectrum_ratio - 1).abs()
+    # The first two rings have one and four independent modes: their ratio is known to 5 %.
+    assert (off[2:] < 0.1).all() and (off[:2] < 0.1 + 2 * 0.05).all()
     assert found.distance < 0.1 < 0.4 < control.distance
     assert all(0.5 < float(run.accepted.mean()) < 0.65 for run in runs)
 

@@ -107,7 +107,10 @@ def fit(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fit a model of fields by score matching. Heavy tails: fit the logarithm of the fields."""
+    """Fit a model of fields by score matching: of thousands of them where they have two modes.
+
+    It does not hold for heavy tails: fit the logarithm of such fields. 'field check' tells.
+    """
     start_torch("cpu", threads)
     from cdnctl.fields import model as models
     from cdnctl.fields import stacks, store

@@ -100,7 +100,7 @@ def most_levels(side: int, halves: bool) -> int:
     return levels
 
 
-TAIL = 0.005  # share of pixels below the first centre of the sigmoids, and above the last
+TAIL = 0.0005  # share of pixels below the first centre of the sigmoids, and above the last
 
 
 def check_fields(x: Tensor) -> None:
