@@ -158,3 +158,11 @@ def test_clipped_files_are_restored_without_a_veil(tmp_path: Path) -> None:
     assert restore_batch([Image.of(y[:40, :40], np.uint8)], model, settings)[
         0
     ].image.samples.shape == (40, 40, 3)
+
+
+def test_without_noise_nothing_is_left_and_nothing_is_lost() -> None:
+    """In samples without steps, for which the limit is zero."""
+    correction = torch.zeros(2, 3, 20, 20)
+    correction[1] = 0.1
+    held, factor = held_back(correction, torch.zeros(2))
+    assert torch.equal(held, torch.zeros_like(held)) and factor.isfinite().all()

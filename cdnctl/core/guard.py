@@ -38,7 +38,8 @@ def held_back(
     count = count * correction.shape[1]
     variance = per_sample(sigma, correction).square() + step**2 / 12
     limit = variance * (1 + SPREAD * (2 / count).sqrt())
-    ratio = limit / power.clamp_min(limit)
+    # Without noise the limit may be zero, and so may a correction.
+    ratio = limit / power.clamp_min(limit).clamp_min(torch.finfo(limit.dtype).tiny)
     near, far = (2 / FAR) ** 2, 1 / FAR**2
     factor = ratio.sqrt() * ((ratio - far) / (near - far)).clamp(0, 1)
     return factor * correction, factor
