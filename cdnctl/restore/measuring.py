@@ -9,8 +9,8 @@ and is some pixels wide. Three facts tell it from what the picture shows:
   averaged over squares of 2, 4 and 8 pixels, whose finest octave is measured each time.
 - Texture only adds. So one curve over tones is laid along the lower edge of what the tones say.
 - Texture grows faster from octave to octave than noise, and is mostly without colour. What
-  exceeds the growth and the share of luma that noise has is left out: where the picture does not
-  tell, the level comes out too low rather than too high.
+  exceeds the growth that noise has, and in chroma the level of luma, is left out: where the
+  picture does not tell, the level comes out too low rather than too high.
 
 Colours are turned to axes at right angles, luma (1, 1, 1) and two of chroma, so that white noise
 """
@@ -207,7 +207,9 @@ def _model(found: Sequence[_Octave], channels: int, emptied: float) -> Noise:
         confidence = confidence if channels == 1 else 1.0
     for axis, row in enumerate(levels):
         for j, most in enumerate((growth, *_GROWTH[0]) if axis == 0 else _GROWTH[1]):
-            row[j + 1] = min(row[j + 1], most * row[j])
+            # Filters and JPEG empty the fine octaves of chroma, however much is in the others.
+            other = levels[0, j + 1] if axis else 0.0
+            row[j + 1] = min(row[j + 1], max(most * row[j], other))
     levels[levels < 1e-4] = 0
     return Noise(
         tuple(tones.tolist()),
