@@ -60,6 +60,8 @@ def test_a_file_goes_beside_itself(tmp_path: Path) -> None:
     for source in touch(tmp_path, *NAMES):
         (job,) = plan([source], None, False)
         assert job.output == tmp_path / f"{source.stem}_denoised{source.suffix}"
+        (job,) = plan([source], None, False, ending="upscaled")
+        assert job.output == tmp_path / f"{source.stem}_upscaled{source.suffix}"
 
 
 def test_formats_that_cannot_be_written_become_png(tmp_path: Path) -> None:

@@ -101,6 +101,13 @@ def test_imports_go_round_in_no_circle() -> None:
     TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
+@pytest.mark.parametrize("name", ["batch", "manifest", "operation", "plan"])
+def test_many_files_know_nothing_of_what_is_done_to_them(name: str) -> None:
+    allowed = {"batch", "manifest", "operation", "plan"}
+    others = {m.removeprefix("restore.") for m in own(f"restore.{name}") if room(m) == "restore"}
+    assert others <= allowed - {name}
+
+
 @pytest.mark.parametrize("name", [n for n in MODULES if room(n) == "core"])
 def test_the_core_stands_alone(name: str) -> None:
     for module in imports(name):

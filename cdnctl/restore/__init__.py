@@ -1,16 +1,21 @@
-"""Pictures restored to pictures.
+"""Pictures to pictures: one, or many files.
 
 ::
 
-    a file ──plan──▶ job ──batch──▶ many files, manifest
-    Image  ──denoise──▶ Image: what its noise is (levels), as the network sees it (view),
-                        what it shows (classes)
+    file ──plan──▶ Job ──batch──▶ prepare ──▶ run ──▶ file, line of the manifest
+                                  └─── Operation ───┘
+    Image ──levels──▶ Level ──view, stack──▶ network ──denoise──▶ Restored
 
-Imports point to the left: ``samples``, ``noise`` and ``measuring`` (what noise a picture holds),
-``levels`` (how strong it is), ``tiles`` and ``scale`` (arithmetic of sizes), ``view`` (a picture
-as the network sees it), ``settings``, ``classes`` (what it shows), ``denoise``; beside these
-``plan`` (which file goes where) and ``manifest`` (what was done); ``batch`` (many files) above
-all.
+Who imports whom, each only what stands above it:
+
+- ``samples`` (black, white, gray), ``noise`` (a model of noise), ``tiles``, ``scale``, and
+  ``manifest`` (what was done): these import nothing of this room;
+- ``measuring`` (what noise a picture holds), ``levels`` (how strong it is: told, or measured);
+- ``view`` (a picture as the network sees it, within a budget of memory), ``stack`` (small ones
+  together);
+- ``settings``, ``classes`` (what a picture shows), ``operation`` (what can be done to pictures);
+- ``denoise``, the first operation;
+- ``plan`` (which file goes where) and ``batch`` (many files), which know nothing of denoising.
 
 The names of the Python API are here; what is for many files is in ``plan`` and ``batch``.
 """

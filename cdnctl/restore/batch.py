@@ -33,7 +33,7 @@ OLDEST = "denoise"  # the operation of lines of a manifest that name none: there
 
 
 def count_pixels(jobs: Sequence[Job]) -> dict[Job, int]:
-    """Pixels of the pictures to restore, as far as their headers tell without decoding."""
+    """Pixels of the pictures, as far as their headers tell without decoding."""
     with ThreadPoolExecutor(4) as pool:  # for slow file systems; more get into each other's way
         found = pool.map(images.count_pixels, [job.source for job in jobs])
         return dict(zip(jobs, found, strict=True))

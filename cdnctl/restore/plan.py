@@ -61,21 +61,25 @@ def expand(inputs: Sequence[Path], recursive: bool) -> list[Path]:
     return files
 
 
-def default_output(source: Path) -> Path:
+def default_output(source: Path, ending: str = "denoised") -> Path:
     """photo.png -> photo_denoised.png, beside it; formats that cannot be written become PNG."""
     suffix = source.suffix if source.suffix.lower() in images.WRITE_SUFFIXES else ".png"
-    return source.with_name(f"{source.stem}_denoised{suffix}")
+    return source.with_name(f"{source.stem}_{ending}{suffix}")
 
 
 def plan(
-    sources: Sequence[Path], output: Path | None, recursive: bool, into: bool = False
+    sources: Sequence[Path],
+    output: Path | None,
+    recursive: bool,
+    into: bool = False,
+    ending: str = "denoised",
 ) -> list[Job]:
     """Map inputs to outputs before any work is done.
 
     A single file goes to ``output`` (a file, or into it if it is a folder, there already or
-    with ``into`` still to be made) or beside itself; a folder needs an ``output`` folder and is
-    mirrored there. UsageError if an input is missing, two would share an output, or one would
-    be overwritten.
+    with ``into`` still to be made) or beside itself, with ``ending`` in its name; a folder needs
+    an ``output`` folder and is mirrored there. UsageError if an input is missing, two would
+    share an output, or one would be overwritten.
     """
     jobs: list[Job] = []
     for source in sources:
@@ -87,7 +91,7 @@ def plan(
         elif not source.exists():
             raise UsageError(f"no such file or folder: {str(source)!r}")
         elif output is None:
-            jobs.append(Job(source, default_output(source)))
+            jobs.append(Job(source, default_output(source, ending)))
         elif into or output.is_dir() or len(sources) > 1:
             jobs.append(Job(source, _writable(output / source.name)))
         else:
