@@ -105,6 +105,7 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_in_pieces_on_two_machines_as_in_one_go(tmp_path: Path, home: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(home, first)
