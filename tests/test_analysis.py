@@ -301,7 +301,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def test_uncertainty_keeps_to_its_memory(narrow: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which a gradient takes more of than restoring does; less than that gives smaller tiles."""
     y = Image.of(noisy_picture(235, 310), np.float32)
-    need = narrow.module.config.bytes_per_pixel
+    need = narrow.needs.bytes_per_pixel
     sizes = watch(narrow, monkeypatch)
     memory = GRADIENT * MIN_TILE**2 * need
     posterior_std(y, narrow, Settings(SIGMA, memory=memory), probes=1)
@@ -325,7 +325,7 @@ def test_evidence_keeps_to_the_memory_that_is_free(
     evidence(narrow, pixels, SIGMA, draws=0)
     assert max(sizes) >= 120_000
     sizes.clear()
-    need = narrow.module.config.bytes_per_pixel
+    need = narrow.needs.bytes_per_pixel
     monkeypatch.setattr("cdnctl.restore.view.available_memory", lambda _: 2 * MIN_TILE**2 * need)
     evidence(narrow, pixels, SIGMA, draws=1)
     assert max(sizes) <= MIN_TILE**2

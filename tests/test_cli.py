@@ -389,7 +389,7 @@ def test_help_is_no_error(cdnctl: Run) -> None:
     asked = cdnctl("--help")
     assert asked.code == 0 and "denoise" in asked.text and not asked.err
     panels = re.findall(r"^╭─ (\w+) ─", asked.text, re.M)
-    assert panels == ["Options", "Restore", "Understand", "Measure", "Models"]
+    assert panels == ["Options", "Restore", "Understand", "Measure", "Models", "Fields"]
     shown = set(re.findall(r"^│ (\w+) ", asked.text, re.M))
     assert shown == set(typer.main.get_group(app).commands), "each in a panel"
     bare = subprocess.run([COMMAND], capture_output=True, text=True)

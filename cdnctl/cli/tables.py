@@ -14,7 +14,6 @@ from cdnctl.cli.common import save
 from cdnctl.units import PEAK
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
     from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -66,7 +65,7 @@ def write_csv(path: Path, rows: Sequence[Row], overwrite: bool) -> None:
     save(path, text.getvalue().encode(), overwrite)
 
 
-def scaled(item: DataclassInstance) -> dict[str, Any]:
+def scaled(item: Any) -> dict[str, Any]:
     """A dataclass as a row, with its noise level, if it has one, on the command line's scale."""
     values = asdict(item)
     if values["sigma"] is not None:

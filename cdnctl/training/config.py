@@ -186,7 +186,7 @@ def bounds(c: TrainConfig) -> tuple[tuple[str, float, float, float], ...]:
         ("noise.excess", c.noise.excess, 0, 1),
         ("noise.camera", c.noise.camera, 0, 1),
         ("noise.wide", c.noise.wide, 0, 1),
-        ("noise.top", c.noise.top, c.noise.high if c.noise.wide else 0, 25500),
+        ("noise.top", c.noise.top, 0, 100 * PEAK),
         ("noise.lessons", c.noise.lessons, 0, PEAK),
         ("loss.score", c.loss.score, 0, 1e9),
         ("loss.classes", c.loss.classes, 0, 1e9),
@@ -219,6 +219,16 @@ def _check(c: TrainConfig) -> None:
         raise ConfigError(f"optim.kind is {c.optim.kind!r}, but must be adamw or muon")
     if c.optim.schedule not in ("cosine", "linear"):
         raise ConfigError(f"optim.schedule is {c.optim.schedule!r}, but must be cosine or linear")
+    if c.noise.wide and not c.noise.top > c.noise.high > 0:
+        raise ConfigError(
+            f"noise.top is {c.noise.top} and noise.high {c.noise.high}, but with noise.wide levels "
+            "lie between them: the top must be higher, and none of them 0"
+        )
+    if c.noise.camera and not c.model.get("coloured"):
+        raise ConfigError(
+            f"noise.camera is {c.noise.camera}, but model.coloured is not true: such a network "
+            "does not hear what such noise is like"
+        )
     if c.data.thumbnail and not c.data.class_batch and c.loss.classes:
         raise ConfigError(
             f"data.thumbnail is {c.data.thumbnail}, but data.class_batch is 0: say how many "
