@@ -29,7 +29,13 @@ Watch = Callable[[float], None]  # is told the share of the work that is done, i
 
 
 def step(sigma: float, lower: float, beta: float) -> tuple[float, float]:
-    """(h, amplitude of the new noise) of the step from one noise level to a lower one."""
+    """(h, amplitude of the new noise) of the step from one noise level to a lower one.
+
+    >>> step(0.5, 0.25, beta=1.0)  # no new noise: a step of DDIM
+    (0.5, 0.0)
+    >>> step(0.5, 0.25, beta=0.5)  # all noise replaced
+    (1.0, 0.25)
+    """
     h = min(1.0, (1 - lower / sigma) / beta)
     return h, math.sqrt(max(lower**2 - ((1 - h) * sigma) ** 2, 0.0))
 
@@ -128,7 +134,11 @@ def mode_variance(variance: float, sigmas: Sequence[float], beta: float, start: 
 
 
 def geometric(high: float, low: float, count: int) -> list[float]:
-    """``count`` levels from high to low with a constant ratio; low alone if it is one."""
+    """``count`` levels from high to low with a constant ratio; low alone if it is one.
+
+    >>> geometric(0.5, 0.125, 3)
+    [0.5, 0.25, 0.125]
+    """
     _check([high, low])
     if count < 1:
         raise UsageError(f"{count} noise levels: give 1 or more")

@@ -116,11 +116,12 @@ def test_found_from_a_wheel(built, which, tmp_path):
     check(tmp_path, tmp_path)
 
 
-def test_wheel_is_small_and_holds_configs_and_cards(built):
+def test_wheel_is_small_and_holds_configs_cards_and_types(built):
     wheel = built[0]
     assert wheel.stat().st_size < 60e6
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+    assert "cdnctl/py.typed" in names
     for name in EXPECTED:
         assert f"cdnctl/weights/{name}.md" in names
     for config in (ROOT / "cdnctl" / "configs").glob("*.toml"):
