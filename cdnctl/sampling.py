@@ -85,8 +85,8 @@ def settle(
 
     No noise is added, and there is nothing random in it. Such a y is a mode of the density at the
     level sigma, and descending levels follow it to less smoothing. For a denoiser that knows a
-    measurement and a Gaussian prior it is the posterior mean: what is left of a deviation is
-    v / (v + sigma^2) of it per step, for a direction of posterior variance v.
+    measurement and a Gaussian prior it is the posterior mean: each step leaves the fraction
+    v / (v + sigma^2) of a deviation in a direction of posterior variance v.
     """
     _check(sigmas)
     for i, sigma in enumerate(sigmas, 1):
@@ -107,11 +107,11 @@ def stir(
 ) -> Tensor:
     """``count`` steps at one level, that of y: y + h (D(y) - y) and as much noise as was lost.
 
-    They carry y to the density of noisy pictures at that level, where a start that is a picture
-    with noise lacks the variance of the pictures: of a component of variance v a share
-    (v / (v + sigma^2))^(1 / beta) would never come back in `sample`. Of the deviation
-    1 - h sigma^2 / (v + sigma^2) is left per step; the variance comes out lower by about the
-    share h v / (v + sigma^2) / 2 (Langevin's equation in steps).
+    They carry y to the density of noisy pictures at that level. A start that is one picture plus
+    noise lacks the variance of the pictures, and `sample` alone would never restore a share
+    (v / (v + sigma^2))^(1 / beta) of a component's variance v. Each step leaves the fraction
+    1 - h sigma^2 / (v + sigma^2) of a deviation; the variance comes out too low by about the share
+    h v / (v + sigma^2) / 2 (Langevin's equation in steps).
     """
     amplitude = sigma * math.sqrt(1 - (1 - h) ** 2)
     for _ in range(count):
