@@ -52,6 +52,7 @@ def rms(pictures: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(pictures).mean((1, 2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("side", [32, 43])
 def test_a_picture_comes_out_nearer_to_the_truth(model: Model, sigma: float, side: int) -> None:
@@ -70,6 +71,7 @@ def test_a_picture_comes_out_nearer_to_the_truth(model: Model, sigma: float, sid
     assert not worse, f"left {worse} of noise {sigma}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(30, 300), (257, 190)])
 def test_larger_flats_are_flat(model: Model, size: tuple[int, int]) -> None:
     """Sizes that go through the network on their own, gray and colour."""
@@ -84,6 +86,7 @@ def test_larger_flats_are_flat(model: Model, size: tuple[int, int]) -> None:
             assert 255 * np.sqrt(np.square(after).mean()) < 0.7 * sigma
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [5, 15, 50])
 def test_too_much_noise_told_of_a_wall_makes_no_relief(told: float) -> None:
     """Of photographs; small pictures are still embossed by cifar10."""

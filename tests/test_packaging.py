@@ -95,10 +95,12 @@ def check(place: Path, inside: Path) -> None:
     assert origin.is_relative_to(inside)
 
 
+@pytest.mark.slow
 def test_found_from_a_checkout():
     check(ROOT, ROOT)
 
 
+@pytest.mark.slow
 def test_found_from_an_editable_install(tmp_path):
     code = "import sys, hatchling.build; print(hatchling.build.build_editable(sys.argv[1]))"
     run = [sys.executable, "-c", code, str(tmp_path)]
