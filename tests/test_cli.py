@@ -86,6 +86,7 @@ def test_one_file_goes_beside_itself(tmp_path: Path, cdnctl: Run, weights: Path)
         assert not cdnctl("denoise", source, "--model", weights, "-q", "--overwrite").out
 
 
+@pytest.mark.slow
 def test_pipes_give_what_files_give(tmp_path: Path, cdnctl: Run, real: Run, weights: Path) -> None:
     write(tmp_path / "a.png", metadata=Metadata(xmp=b"<note/>", dpi=(72, 72)))
     data = (tmp_path / "a.png").read_bytes()
@@ -290,6 +291,7 @@ def test_outputs_that_cannot_be_written(
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_file_names_need_not_be_unicode(tmp_path: Path, real: Run, weights: Path) -> None:
     name = os.fsdecode(b"caf\xe9 \xff.png")
     data = write(tmp_path / "a.png").read_bytes()
