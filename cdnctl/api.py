@@ -217,13 +217,13 @@ class Model(nn.Module):
         return given.numbers(f.logsumexp(1))
 
     def corrector(self, verb: str = "denoise") -> Corrector:
-        """The network, for what takes a denoiser; UsageError that it cannot ``verb``."""
+        """The network as a denoiser; "cannot ``verb``" as UsageError if it is none."""
         if isinstance(self.module, Corrector):
             return self.module
         raise UsageError(f"model {self.name!r} ({self.header.arch}) cannot {verb}")
 
     def classifier(self, verb: str = "classify") -> HasPosterior:
-        """The network, for what takes a classifier; UsageError that it cannot ``verb``."""
+        """The network as a classifier; "cannot ``verb``" as UsageError if it is none."""
         if isinstance(self.module, HasPosterior):
             return self.module
         raise UsageError(f"model {self.name!r} ({self.header.arch}) cannot {verb}")

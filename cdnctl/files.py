@@ -67,8 +67,7 @@ def temporary_name() -> str:
 
 
 def remove_temporary(path: Path, temporary: str) -> None:
-    """Remove what a killed `write_atomically` to a path under a temporary name has left, if
-    anything."""
+    """Remove the temporary file that a killed `write_atomically` to this path may have left."""
     if re.fullmatch(r"\.cdnctl-[0-9a-f]{16}\.tmp", temporary):  # and never anything else
         with suppress(OSError):
             os.unlink(Path(os.path.realpath(path)).with_name(temporary))

@@ -41,8 +41,8 @@ class Given:
     the better of the precisions of the picture and of ``weight``. sigma: (1,) or (B,), what
     the network is told. Both are differentiable functions of what is given.
 
-    UsageError for what is no picture or no noise level, or on another scale than [0, 1]. To
-    look at the values takes one wait for the device.
+    UsageError if it is not a picture, sigma not a noise level, or either not on the scale of
+    [0, 1]. Checking the values waits for the device once.
     """
 
     def __init__(self, y: Any, sigma: Sigma, channels: int, multiple: int, weight: Tensor):
@@ -91,8 +91,8 @@ class Given:
         return made
 
     def samples(self, out: Tensor) -> Any:
-        """Derivatives by y, (B, C, H', W'), as those by what was given: a tensor or an array,
-        of its shape, and its dtype if that is one of floats, else float32."""
+        """Derivatives by y, (B, C, H', W'), turned into derivatives by the picture that was given:
+        a tensor or an array of its shape, in its dtype, or float32 for integers."""
         out = self._cropped(out)
         out = out.sum(1, keepdim=True) if self.gray else out
         if isinstance(self._given, Tensor):

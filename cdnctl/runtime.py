@@ -79,7 +79,7 @@ def world_from_env() -> tuple[int, int]:
 def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     """Join the group that torchrun set up, if any: (rank, world size), else (0, 1).
 
-    Tensors on the host go between processes without any device, whatever ``device`` is.
+    Whatever ``device`` is, tensors on the host are exchanged by the host alone.
     """
     if world_from_env() == (0, 1):
         yield 0, 1
@@ -94,7 +94,8 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
 def patient_barrier() -> Callable[[], None]:
     """A function that waits until all processes of the group have called it.
 
-    However long that takes, and signals are heard meanwhile. All must ask for it together.
+    It waits for any length of time and still reacts to signals. All processes must ask for it
+    together.
     SetupError if another process ends instead. Without a group it does nothing.
     """
     if world_from_env() == (0, 1):

@@ -29,7 +29,13 @@ Watch = Callable[[float], None]  # is told the share of the work that is done, i
 
 
 def step(sigma: float, lower: float, beta: float) -> tuple[float, float]:
-    """(h, amplitude of the new noise) of the step from one noise level to a lower one."""
+    """(h, amplitude of the new noise) of the step from one noise level to a lower one.
+
+    >>> step(0.5, 0.25, beta=1.0)  # no new noise: a step of DDIM
+    (0.5, 0.0)
+    >>> step(0.5, 0.25, beta=0.5)  # all noise replaced
+    (1.0, 0.25)
+    """
     h = min(1.0, (1 - lower / sigma) / beta)
     return h, math.sqrt(max(lower**2 - ((1 - h) * sigma) ** 2, 0.0))
 
@@ -79,8 +85,8 @@ def settle(
 
     No noise is added, and there is nothing random in it. Such a y is a mode of the density at the
     level sigma, and descending levels follow it to less smoothing. For a denoiser that knows a
-    measurement and a Gaussian prior it is the posterior mean: what is left of a deviation is
-    v / (v + sigma^2) of it per step, for a direction of posterior variance v.
+    measurement and a Gaussian prior it is the posterior mean: each step leaves the fraction
+    v / (v + sigma^2) of a deviation in a direction of posterior variance v.
     """
     _check(sigmas)
     for i, sigma in enumerate(sigmas, 1):
@@ -101,11 +107,11 @@ def stir(
 ) -> Tensor:
     """``count`` steps at one level, that of y: y + h (D(y) - y) and as much noise as was lost.
 
-    They carry y to the density of noisy pictures at that level, where a start that is a picture
-    with noise lacks the variance of the pictures: of a component of variance v a share
-    (v / (v + sigma^2))^(1 / beta) would never come back in `sample`. Of the deviation
-    1 - h sigma^2 / (v + sigma^2) is left per step; the variance comes out lower by about the
-    share h v / (v + sigma^2) / 2 (Langevin's equation in steps).
+    They carry y to the density of noisy pictures at that level. A start that is one picture plus
+    noise lacks the variance of the pictures, and `sample` alone would never restore a share
+    (v / (v + sigma^2))^(1 / beta) of a component's variance v. Each step leaves the fraction
+    1 - h sigma^2 / (v + sigma^2) of a deviation; the variance comes out too low by about the share
+    h v / (v + sigma^2) / 2 (Langevin's equation in steps).
     """
     amplitude = sigma * math.sqrt(1 - (1 - h) ** 2)
     for _ in range(count):
@@ -128,7 +134,11 @@ def mode_variance(variance: float, sigmas: Sequence[float], beta: float, start: 
 
 
 def geometric(high: float, low: float, count: int) -> list[float]:
-    """``count`` levels from high to low with a constant ratio; low alone if it is one."""
+    """``count`` levels from high to low with a constant ratio; low alone if it is one.
+
+    >>> geometric(0.5, 0.125, 3)
+    [0.5, 0.25, 0.125]
+    """
     _check([high, low])
     if count < 1:
         raise UsageError(f"{count} noise levels: give 1 or more")

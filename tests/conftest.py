@@ -27,9 +27,19 @@ from cdnctl.cli import main
 from cdnctl.training import state
 from cdnctl.training.runs import Outcome
 
+# Fixtures that train, start processes or build packages: whoever asks for one takes seconds.
+SLOW = {"whole", "logs", "built"}
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes seconds, and can be left out")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,7 @@ def restored(clean: Sequence[np.ndarray], model: Model, sigma: float) -> np.ndar
     return np.stack(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("side", [32, 43])
 def test_a_picture_comes_out_nearer_to_the_truth(model: Model, sigma: float, side: int) -> None:
@@ -78,6 +79,7 @@ def test_a_picture_comes_out_nearer_to_the_truth(model: Model, sigma: float, sid
     assert not worse, f"left {worse} of noise {sigma}"
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(30, 300), (257, 190)])
 def test_larger_flats_are_flat(model: Model, size: tuple[int, int]) -> None:
@@ -105,6 +107,7 @@ def patterns(side: int) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_fine_patterns_are_left(model: Model, sigma: float) -> None:
     """At little noise they come out as near as they went in, up to a third of a step of 8 bits."""
@@ -114,6 +117,7 @@ def test_fine_patterns_are_left(model: Model, sigma: float) -> None:
     assert not worse, f"left {worse} of noise {sigma}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [5, 15, 25, 50])
 def test_too_much_noise_told_of_a_wall_makes_no_relief(model: Model, told: float) -> None:
     side = 48

@@ -86,6 +86,7 @@ def test_one_file_goes_beside_itself(tmp_path: Path, cdnctl: Run, weights: Path)
         assert not cdnctl("denoise", source, "--model", weights, "-q", "--overwrite").out
 
 
+@pytest.mark.slow
 def test_pipes_give_what_files_give(tmp_path: Path, cdnctl: Run, real: Run, weights: Path) -> None:
     write(tmp_path / "a.png", metadata=Metadata(xmp=b"<note/>", dpi=(72, 72)))
     data = (tmp_path / "a.png").read_bytes()
@@ -290,6 +291,7 @@ def test_outputs_that_cannot_be_written(
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_file_names_need_not_be_unicode(tmp_path: Path, real: Run, weights: Path) -> None:
     name = os.fsdecode(b"caf\xe9 \xff.png")
     data = write(tmp_path / "a.png").read_bytes()
@@ -600,6 +602,7 @@ def test_compare(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_help_lists_the_classes_without_torch(cdnctl: Run) -> None:
     """It must come at once."""
     bundled = checkpoints.bundled()
@@ -630,6 +633,7 @@ def test_damaged_weights_have_no_classes(tmp_path: Path, weights: Path, content:
 # -- signals --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["interrupt", "terminate"]
 )
@@ -656,6 +660,7 @@ def test_stopped_in_a_folder(tmp_path: Path, weights: Path, number: int, code: i
     assert f"interrupted after {len(done)} of 300 pictures" in err
 
 
+@pytest.mark.slow
 def test_nobody_reads(tmp_path: Path, weights: Path) -> None:
     for i in range(3):
         write(tmp_path / "in" / f"{i}.png")
@@ -878,6 +883,7 @@ def steps(run: Path) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_train_stop_and_resume(tmp_path: Path, cdnctl: Run, dataset: Path) -> None:
     train = ("train", dataset, "--config", "toy.toml", "--device", "cpu")
     stopped = cdnctl(*train, "--max-seconds", "0")
@@ -900,6 +906,7 @@ def test_train_stop_and_resume(tmp_path: Path, cdnctl: Run, dataset: Path) -> No
     assert cdnctl(*train, "--init-from", resumed.text.strip(), "--max-seconds", "0").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["interrupt", "terminate"])
 def test_train_saves_when_told_to_stop(
     tmp_path: Path, cdnctl: Run, dataset: Path, number: int
@@ -970,6 +977,7 @@ def test_train_where_it_cannot(tmp_path: Path, cdnctl: Run, dataset: Path) -> No
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_train_names_what_it_passes_over(tmp_path: Path, cdnctl: Run, dataset: Path) -> None:
     """Even if it is to be quiet; when the run goes on, all is said."""
     (dataset / "dog" / "2.png").write_text("text")
@@ -1020,6 +1028,7 @@ def test_a_run_that_did_not_get_far_leaves_no_folder(
     assert files(tmp_path / "runs").keys() == before.keys(), "one that goes on loses nothing"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_from_the_start(
     tmp_path: Path, cdnctl: Run, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1043,6 +1052,7 @@ def finished(tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_weights_of_a_run_folder(finished: Path, shelf: Path, monkeypatch: Any) -> None:
     """The best, or else the last; bundled names come first; a folder of weights will do."""
     best, last = (finished / name / "model.safetensors" for name in ("best", "last"))
@@ -1062,6 +1072,7 @@ def test_weights_of_a_run_folder(finished: Path, shelf: Path, monkeypatch: Any) 
     assert find_weights("./random") == Path("random/best/model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_folder_wherever_a_model_is_named(
     tmp_path: Path, cdnctl: Run, finished: Path, dataset: Path
 ) -> None:
@@ -1122,6 +1133,7 @@ def test_a_run_folder_wherever_a_model_is_named(
     assert not list(tmp_path.glob("none.*")) and len(list((tmp_path / "runs").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_what_a_run_shows(tmp_path: Path, cdnctl: Run, dataset: Path) -> None:
     for i in range(10):
         write(dataset / "dog" / f"more {i}.png", picture(20, 24, top=5 * i))
@@ -1162,6 +1174,7 @@ def blocked(*args: object) -> bytes:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.slow
 def test_a_classifier_is_not_said_to_denoise(tmp_path: Path, cdnctl: Run, dataset: Path) -> None:
     train = ("train", dataset, "--config", "toy.toml", "--device", "cpu", "--max-seconds", "0")
     done = cdnctl(*train, "--set", "model.arch=classifier", "--runs", "my runs")

@@ -11,6 +11,8 @@ from specimens import KINDS, MORE_KINDS, more_specimens, mutations, read_bytes, 
 from cdnctl import images
 from cdnctl.errors import ImageError
 
+pytestmark = pytest.mark.slow  # thousands of damaged files
+
 
 @pytest.mark.parametrize("kind", KINDS + MORE_KINDS)
 def test_damaged_files_give_an_image_or_an_image_error(kind, capfd):

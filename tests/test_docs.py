@@ -1,15 +1,20 @@
-"""Every command in the README does what the README says."""
+"""Every command in the README does what the README says; options, links and scores are real."""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 from skimage import data
+from typer.main import get_command
+
+from cdnctl.checkpoints import bundled, read_header
+from cdnctl.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -85,6 +90,7 @@ def test_outputs_that_the_readme_promises(place):
     assert iio.imread(place / "own.jpg").shape == iio.imread(place / "photo.jpg").shape
     for name in ("curves.png", "samples", "results.csv", "best", "last"):
         assert (place / "runs" / "1" / name).exists()
+    assert np.load(place / "drawn.npy").shape == (50, 8, 8)
 
 
 @pytest.mark.slow
@@ -94,18 +100,39 @@ def test_python(code, place):
     assert result.returncode == 0, result.stderr
 
 
-def test_options_named_in_the_readme_exist():
-    options = set(re.findall(r"`(--[a-z-]+)", README))
-    help_texts = ""
-    for command in ("denoise", "classify", "evaluate", "attack", "explain", "train"):
-        env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-        help_texts += subprocess.run(
-            [sys.executable, "-m", "cdnctl", command, "--help"],
-            capture_output=True,
-            text=True,
-            env=env,
-            check=True,
-        ).stdout
-    assert options
-    for option in options:
-        assert option in help_texts, option
+def options(command: Any) -> set[str]:
+    """Of a command and those below it."""
+    found = {name for parameter in command.params for name in parameter.opts}
+    return found.union(*map(options, getattr(command, "commands", {}).values()))
+
+
+@pytest.mark.parametrize("name", ["README.md", "examples/README.md", "weights/README.md"])
+def test_options_that_are_named_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:cdnctl [^`]*)?(--[a-z-]+)", text))
+    assert named and named <= options(get_command(app)) | {"--help"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("[!.]*/*.md")) + sorted(ROOT.glob("*.md")))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", sorted(bundled()))
+def test_scores_are_those_of_the_weights(name: str) -> None:
+    """All of them in weights/README.md; of every model one folder's in the README."""
+    results = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
+    leading = []
+    for report in read_header(bundled()[name]).scores.values():
+        rows = {round(row["sigma"]): row for row in report["scores"]}
+        psnr = [f"{rows[sigma]['psnr']:.2f}" for sigma in (15, 25, 50)]
+        ssim = [f"{rows[sigma]['ssim']:.3f}" for sigma in (15, 25, 50)]
+        cells = [f"{a} ({b})" for a, b in zip(psnr, ssim, strict=True)]
+        assert f"| {' | '.join(cells)} |" in results
+        leading.append(" / ".join(psnr) in README and " / ".join(ssim) in README)
+        if 0 in rows:
+            right = [f"{100 * rows[sigma]['accuracy']:.1f}" for sigma in (0, 15, 25, 50)]
+            assert f"{' / '.join(right)} %" in README
+            assert f"{' / '.join(right)} %" in results
+    assert any(leading)

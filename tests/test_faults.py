@@ -34,6 +34,8 @@ from cdnctl.restore.manifest import NAME
 
 OPTIONS = ("--model", "m.safetensors", "--sigma", "25")
 
+pytestmark = pytest.mark.slow  # most of them start processes
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:

@@ -20,6 +20,8 @@ from cdnctl.training.runs import Outcome, Progress, new_run_folder, shared_path
 from cdnctl.training.state import STATE, read_run
 from cdnctl.training.step import learning_rate
 
+pytestmark = pytest.mark.slow  # they train
+
 
 def test_a_finished_run(whole: Path, datasets: list[Path]) -> None:
     module, header = load_model(whole / "last" / MODEL)

@@ -95,10 +95,12 @@ def check(place: Path, inside: Path) -> None:
     assert origin.is_relative_to(inside)
 
 
+@pytest.mark.slow
 def test_found_from_a_checkout():
     check(ROOT, ROOT)
 
 
+@pytest.mark.slow
 def test_found_from_an_editable_install(tmp_path):
     code = "import sys, hatchling.build; print(hatchling.build.build_editable(sys.argv[1]))"
     run = [sys.executable, "-c", code, str(tmp_path)]
@@ -116,11 +118,12 @@ def test_found_from_a_wheel(built, which, tmp_path):
     check(tmp_path, tmp_path)
 
 
-def test_wheel_is_small_and_holds_configs_and_cards(built):
+def test_wheel_is_small_and_holds_configs_cards_and_types(built):
     wheel = built[0]
     assert wheel.stat().st_size < 60e6
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+    assert "cdnctl/py.typed" in names
     for name in EXPECTED:
         assert f"cdnctl/weights/{name}.md" in names
     for config in (ROOT / "cdnctl" / "configs").glob("*.toml"):

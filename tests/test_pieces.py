@@ -27,6 +27,9 @@ from cdnctl.training.loop import train
 from cdnctl.training.state import STATE, read_run, read_tensors
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_in_pieces.sh"
+
+pytestmark = pytest.mark.slow  # they train, in processes
+
 CONFIG = """
 name = "rehearsal"
 [model]

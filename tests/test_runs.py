@@ -34,6 +34,8 @@ from cdnctl.training.report import describe
 from cdnctl.training.runs import PASSED_OVER, new_run_folder, start_from
 from cdnctl.training.state import STATE, read_run
 
+pytestmark = pytest.mark.slow  # they train
+
 
 def test_a_run_sees_the_same_pictures_when_it_goes_on(
     datasets: list[Path], whole: Path, tmp_path: Path

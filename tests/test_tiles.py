@@ -213,6 +213,7 @@ def test_group_norm_needs_the_whole_picture(tmp_path: Path) -> None:
     assert len(View(model, noisy_picture(131, 157), SIGMA, 16).tiles) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [15 / 255, 50 / 255])
 def test_the_bundled_photo_model_in_tiles_equals_the_whole(sigma: float) -> None:
     """The margin is a measured number, and what it must be depends on the weights."""

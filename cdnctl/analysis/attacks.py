@@ -85,6 +85,12 @@ def project(point: Tensor, x: Tensor, norm: str, radius: float) -> Tensor:
 
     x: (B, C, H, W) in [0, 1]. Exact for both norms: for l2 it is x + d, clipped, with
     d = s (point - x) and the scale s at which the clipped change is as long as the radius.
+
+    >>> x = torch.tensor([0.5, 0.5]).view(1, 1, 1, 2)
+    >>> project(x + torch.tensor([3.0, 4.0]), x, "l2", 0.3125).flatten().tolist()
+    [0.6875, 0.75]
+    >>> project(x + torch.tensor([3.0, -4.0]), x, "linf", 0.25).flatten().tolist()
+    [0.75, 0.25]
     """
     if norm == "linf":
         return torch.minimum(torch.maximum(point, x - radius), x + radius).clamp(0, 1)

@@ -24,7 +24,7 @@ from cdnctl.core import spectra
 from cdnctl.models.channels import ChannelMap
 
 DRAWS = 8  # of random frames and of second draws, over which cosines are averaged
-BULK = (0.75, 1.5)  # of the initial variance: within them noise is taken for what is known of it
+BULK = (0.75, 1.5)  # of the initial variance: the noise is taken as known between these
 GAP = 0.1  # least distance between chance and ceiling
 
 
@@ -60,7 +60,7 @@ class Rows:
         return spectra.shrunk(self.covariance, len(self.vectors))
 
     def bulk(self) -> float:
-        """Mean of the eigenvalues that the noise cannot be told from: about 1."""
+        """Mean of the eigenvalues that noise alone could have given: about 1."""
         values = torch.linalg.eigvalsh(self.covariance)
         n, d = self.vectors.shape
         return float(values[values <= spectra.edge(d, n)].mean())

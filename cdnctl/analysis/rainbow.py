@@ -1,10 +1,10 @@
 """How much of a network is the covariances of its weights: networks drawn from them.
 
 In the rainbow model (Guth, Menard, Rochette and Mallat 2023, arXiv 2305.18512) the rows of a
-layer's weights are independent normal vectors, of a covariance that training has found, in a
-frame of their inputs that every network has for itself. A new network is drawn layer by
-layer, its frame found by aligning its activations with those of the old one on the same
-pictures. It is a model of what mixes channels; learnt filters in space are not normal.
+layer's weights are independent normal vectors. Training finds their covariance, up to a rotation
+of the layer's inputs that differs from network to network. A new network is drawn layer by layer;
+aligning its activations with those of the old one on the same pictures gives the rotation. It is a
+model of maps that mix channels; learnt filters in space are not normal.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Draw = Callable[[Tensor, int, torch.Generator], Tensor]
 
 
 def gaussian(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Normal rows W' of the covariance of the old ones. In the mean W'^T W' is W^T W, whatever the
-    number of rows: the scale of what follows stays."""
+    """Normal rows W' with the covariance of the old ones. The mean of W'^T W' is W^T W for any
+    number of rows, so the scale of the following layers stays the same."""
     _, s, vh = torch.linalg.svd(rows, full_matrices=False)
     return _normal(count, len(s), rows, generator) @ (s[:, None] * vh) / count**0.5
 

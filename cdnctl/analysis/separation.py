@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGE = 1e-6  # of the mean within-class variance: what is nearly constant counts for nothing
+RIDGE = 1e-6  # of the mean within-class variance: features that hardly vary do not count
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,8 @@ def run(chain: list[Stage], x: Tensor, upto: int) -> Tensor:
 
 @torch.no_grad()
 def recalibrate(chain: list[Stage], upto: int, batches: Iterable[Tensor]) -> None:
-    """Statistics in front of the map of stage ``upto`` from what the network now gives there: the
-    mean over all batches."""
+    """Recompute the statistics in front of the map of stage ``upto`` for the network as it now is:
+    the mean over all batches."""
     for norm in chain[upto].norms:
         norm.train()
     for k, x in enumerate(batches):

@@ -83,7 +83,7 @@ def _global_options(
 def _unparsed(error: Any) -> str:
     """What is wrong with a command line, on one line, in the form of all other errors."""
     message = error.format_message().strip().rstrip(".")
-    # Of a number that is none, typer tells the rule but not what was given.
+    # Where a number was expected, typer states the rule but not the word that was given.
     faults: list[Any] = getattr(error.__cause__, "errors", list)()
     if faults:
         rule = faults[0]["msg"].split(",")[0].removeprefix("Input ")

@@ -1,4 +1,4 @@
-"""cdnctl attack."""
+"""cdnctl attack: accuracy under changes of the pictures that are made to mislead."""
 
 from __future__ import annotations
 

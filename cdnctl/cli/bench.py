@@ -229,7 +229,7 @@ def _draw(path: Path, rows: Sequence[Quality], overwrite: bool) -> None:
             def apart(other: Quality, row: Quality = row) -> float:
                 return abs(math.log(other.seconds_per_megapixel / row.seconds_per_megapixel))
 
-            # Names keep out of each other's way: away from who is next in time.
+            # A name goes above or below its point, away from the method that is closest in time.
             others = [other for other in middle if other is not row]
             above = all(row.psnr >= other.psnr for other in sorted(others, key=apart)[:1])
             axes.annotate(

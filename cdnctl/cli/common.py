@@ -48,7 +48,7 @@ class Outliving:
 
     def _leave(self) -> None:
         self.unread = True
-        # Not only from now on: what is still in buffers must go somewhere, too.
+        # At the descriptor, because text that is still buffered must go somewhere, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -57,7 +57,7 @@ class Outliving:
 
 @contextmanager
 def outlive_readers() -> Iterator[None]:
-    """Let nobody who closes our standard output or error end the work, which is in files."""
+    """Go on when the reader of standard output or error leaves: the results are in files."""
     before = sys.stdout, sys.stderr
     streams = [Outliving(stream) for stream in before]
     sys.stdout, sys.stderr = streams
@@ -113,8 +113,8 @@ def start_torch(device: str, threads: int | None) -> torch.device:
         torch.set_num_threads(threads)
     chosen = choose_device(device)
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # or a little memory of the first would be taken, too
-        torch.backends.cudnn.allow_tf32 = False  # which would part tiles from the whole
+        torch.cuda.set_device(chosen)  # otherwise torch also takes memory of the first GPU
+        torch.backends.cudnn.allow_tf32 = False  # tiles would differ from the whole
     return chosen
 
 

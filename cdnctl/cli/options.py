@@ -92,7 +92,11 @@ def parse_sigma(text: str) -> float | None:
 
 
 def parse_levels(text: str) -> list[float]:
-    """Noise levels in [0, 1]: comma-separated, 0..255, each a number or start:stop:step."""
+    """Noise levels in [0, 1]: comma-separated, 0..255, each a number or start:stop:step.
+
+    >>> parse_levels("51,0:255:127.5")
+    [0.2, 0.0, 0.5, 1.0]
+    """
     parts: list[str] = []
     for part in text.split(","):
         if ":" not in part:
@@ -115,7 +119,13 @@ def parse_levels(text: str) -> list[float]:
 
 
 def parse_class(text: str) -> str | dict[str, float] | None:
-    """``none`` (None), ``auto``, a class name or a mixture ``cat:0.7,dog:0.3`` (a dict)."""
+    """``none`` (None), ``auto``, a class name or a mixture (a dict).
+
+    >>> parse_class("cat:0.7,dog:0.3")
+    {'cat': 0.7, 'dog': 0.3}
+    >>> parse_class("cat")
+    {'cat': 1.0}
+    """
     if text == "none":
         return None
     if text == "auto":
@@ -152,7 +162,11 @@ def parse_range(text: str | None) -> tuple[float, float] | None:
 
 
 def parse_size(text: str) -> int:
-    """An amount of memory, such as 500M, 2G or 1.5GB, in bytes."""
+    """An amount of memory, such as 500M, 2G or 1.5GB, in bytes.
+
+    >>> parse_size("1.5k")
+    1536
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     size = float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ") if match else 0
     if not 1 <= size < 2**60:

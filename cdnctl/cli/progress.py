@@ -44,7 +44,7 @@ class Progress:
         self._changed()
 
     def within(self, amount: float, item: object = None) -> None:
-        """So much of an item is done. Its end may be told of after the next has begun."""
+        """So much of an item is done. The next may begin before the end of this one is reported."""
         self._parts[item] = amount
         self._changed()
 

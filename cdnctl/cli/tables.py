@@ -36,7 +36,7 @@ class Column:
 
 
 def drawn(columns: Mapping[str, Column], rows: Sequence[Row]) -> Table:
-    """The values of rows that have a column; of what else is in them nothing is shown."""
+    """A table of those values of the rows that have a column."""
     from rich.table import Column as Head
     from rich.table import Table
     from rich.text import Text  # plain strings would be searched for markup

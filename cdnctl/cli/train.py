@@ -195,7 +195,7 @@ def train(
 
 
 def _warn_of(unread: Sequence[Unread], more: str = "") -> None:
-    """Name the picture files that are passed over. more: what else is to be said of all."""
+    """Name the picture files that are passed over. more: words to add about all of them."""
     from cdnctl.training.datasets import listed
 
     if unread:
@@ -215,7 +215,7 @@ def _use(folder: Path) -> str:
 
 
 class _Illustrator:
-    """Draws into a run folder. No picture is worth a run: what goes wrong is kept to be told."""
+    """Draws into a run folder. Failing to draw never ends a run: the problem is kept for later."""
 
     def __init__(self) -> None:
         self.step = -1  # of the newest curves

@@ -2,8 +2,8 @@
 
 Cameras leave such noise: demosaicing and compression take its finest octave, filters that
 overlap make chroma stronger than luma, and light makes it stronger in some tones than in others.
-For n ~ N(0, S) with a known covariance S, E[x | y] = y + S grad log p(y): a network that is to be
-right needs to know S. Here is what it hears of it, `Told`, and how such noise is drawn.
+For n ~ N(0, S) with a known covariance S, E[x | y] = y + S grad log p(y), so a network needs to
+know S. This module describes S to it, as `Told`, and draws such noise.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ FAR = 4.0  # at this many times the limit's root nothing is left of a change, fr
 def held_back(
     correction: Tensor, sigma: Tensor | float, step: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """A correction D - y, (B, C, H, W), within what sigma allows, and the factor that it
-    took, (B, 1, H, W) in [0, 1].
+    """A correction D - y, (B, C, H, W), scaled to the size that sigma allows, and the factor,
+    (B, 1, H, W) in [0, 1].
 
     sigma: float or (B,), in the unit of the picture. step: the distance of two values that a
     sample can have, whose rounding is noise as well. Where the mean square over a window
@@ -59,5 +59,5 @@ def held_to(correction: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _around(square: Tensor) -> Tensor:
-    """Means over windows around each place, of what of them lies inside."""
+    """Means over a window around each place; only the part inside the picture counts."""
     return avg_pool2d(square, WINDOW, 1, WINDOW // 2, count_include_pad=False)

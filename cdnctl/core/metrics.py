@@ -11,6 +11,10 @@ def psnr(restored: Tensor, clean: Tensor) -> Tensor:
     """Peak signal-to-noise ratio per picture in dB for the data range [0, 1]: (B, C, H, W) -> (B,).
 
     Infinite where the pictures are equal. Clip ``restored`` first if the protocol says so.
+
+    >>> clean = torch.zeros(1, 3, 4, 4)
+    >>> round(psnr(clean + 0.1, clean).item(), 4)
+    20.0
     """
     mse = (restored.double() - clean.double()).square().flatten(1).mean(1)
     return -10 * torch.log10(mse)
@@ -57,7 +61,11 @@ def interval(correct: int, total: int, level: float = 0.95) -> tuple[float, floa
 
 def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
     """Probability that a score of ``inside`` exceeds one of ``outside``, ties counting half:
-    the area under the ROC curve, by ranks (Mann and Whitney 1947). Both (n,)."""
+    the area under the ROC curve, by ranks (Mann and Whitney 1947). (n,) and (m,).
+
+    >>> auroc(np.array([3, 2, 2]), np.array([1, 2]))  # of the six pairs two are ties
+    0.8333333333333334
+    """
     from scipy.stats import rankdata
 
     n, m = len(inside), len(outside)

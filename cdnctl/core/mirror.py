@@ -11,6 +11,9 @@ def reflected(start: int, stop: int, size: int) -> np.ndarray:
     """Indices start..stop-1 of an axis, those beyond its ``size`` mirrored at the edge.
 
     The edge is repeated, and the mirror image mirrored again as needed, down to size 1.
+
+    >>> reflected(-2, 5, size=3).tolist()
+    [1, 0, 0, 1, 2, 2, 1]
     """
     index = np.arange(start, stop) % (2 * size)
     return np.minimum(index, 2 * size - 1 - index)

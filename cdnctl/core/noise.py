@@ -67,8 +67,8 @@ def clipped_mean(x: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def without_clipping(mean: np.ndarray, sigma: float) -> np.ndarray:
-    """The x in [0, 1] whose `clipped_mean` is given, like ``mean``: what lies beyond the means
-    that clipped noise can have comes out as 0 or 1."""
+    """The x in [0, 1], like ``mean``, whose `clipped_mean` is ``mean``; 0 or 1 for values that
+    clipped noise cannot have as its mean."""
     grid = np.linspace(0, 1, 4097)
     return np.interp(mean, clipped_mean(grid, sigma), grid).astype(mean.dtype)
 

@@ -70,8 +70,8 @@ def read_bytes(path: Path) -> bytes:
 def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image:
     """Decode the content of a file.
 
-    The format is told by the content; the suffix of the name only helps with camera raw and
-    TGA, which have no signature of their own. Pictures of more than ``max_pixels``, by their
+    The content decides the format; the suffix of the name only helps with camera raw and TGA,
+    which have no signature of their own. Pictures of more than ``max_pixels``, by their
     header, are refused before memory is set aside for them.
 
     Raises:
@@ -106,8 +106,8 @@ def _decode(data: bytes, suffix: str, max_pixels: int) -> Image:
 def count_pixels(path: Path) -> int:
     """Pixels of a picture by its header, without decoding it: to plan with.
 
-    Where the header does not tell at once, the number of bytes stands for it, and 0 for what
-    cannot be read.
+    The number of bytes where the header does not say it at once; 0 for a file that cannot be
+    read.
     """
     size = stored_size(path)
     if size is not None:

@@ -92,6 +92,9 @@ def from_unit(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     """Turn float pixels into samples of a dtype: the inverse of `to_unit`.
 
     For whole numbers, values in [0, 1] are scaled and rounded, and values outside are clipped.
+
+    >>> from_unit(np.array([-0.1, 0.2, 0.5, 1.3]), np.dtype(np.uint8)).tolist()
+    [0, 51, 128, 255]
     """
     if dtype.kind == "f":
         return values.astype(dtype)

@@ -28,7 +28,7 @@ from cdnctl.sampling import Watch, sample, settle, stir
 # The least noise of a measurement in units of sigma, for conjugate gradients: a trained J has
 # some eigenvalues below zero.
 FLOOR = 0.03
-GRAY = 0.5  # what is assumed of a picture of which nothing was measured
+GRAY = 0.5  # the starting value of pixels about which nothing was measured
 
 
 class Guided:

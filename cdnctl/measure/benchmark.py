@@ -1,7 +1,7 @@
 """How good, how fast and how hungry: the bundled models beside the classical methods.
 
-All methods see the same noise. Each runs in a process of its own, in which nothing else is
-done: so that none inherits another's caches or high-water mark, nor that of the scores.
+All methods see the same noise. Each runs alone in a process of its own, so that neither the caches
+nor the peak memory of another method, or of computing the scores, count as its own.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class Sample:
 
     @property
     def key(self) -> str:
-        """What the picture's noise depends on: the same name in two places gets its own, and no
-        model, whatever classes it knows, gets another."""
+        """What the picture's noise depends on. Equal names in two places get different noise; all
+        models get the same, whichever classes they know."""
         return f"{self.place}/{self.clean.name}"
 
 
@@ -188,7 +188,7 @@ def evaluate(
 def read_pictures(
     samples: Iterable[Sample], failed: Callable[[str], None]
 ) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Samples with their clean pixels, float32 (H, W, C); ``failed`` is told of unreadable ones."""
+    """Samples with their clean pixels, float32 (H, W, C); unreadable ones go to ``failed``."""
     for sample in samples:
         try:
             yield sample, images.read(sample.clean).pixels

@@ -72,5 +72,5 @@ class GradResNet(Correcting, Classifying):
         for i, form in self.sides.items():
             cotangents[int(i)] = form(features[int(i)]).mul_(total.to(features[0].dtype))
         cotangents[-1] = cotangents[-1] + head_adjoint(w * (n.sigma / PRIOR_STD).view(-1, 1))
-        del features  # the adjoint holds on to those that it needs
+        del features  # the adjoint keeps those that it needs
         return n.correction(adjoint(cotangents), total), logits

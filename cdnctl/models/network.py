@@ -28,7 +28,8 @@ class Needs:
     # How many pixels around a tile must be seen with it; None: only whole pictures can be seen.
     margin: int | None = None
     coloured: bool = False  # whether it hears what noise is like that is not white, see `Told`
-    posterior: bool = False  # of the whole picture must be known for a tile, without a mixture too
+    # Whether a tile always needs the posterior of the whole picture, even without a mixture.
+    posterior: bool = False
     sigma_range: tuple[float, float] = (0.0, inf)  # noise levels that it knows, in [0, 1] units
     value_range: tuple[float, float] = (0.0, 1.0)  # of black and white in the pictures
 
@@ -48,7 +49,7 @@ class Network(nn.Module):
         self.compute_dtype: torch.dtype | None = None
 
     def adopted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of another network in the form in which this one can start from them."""
+        """Weights of another network, in a form from which this one can start."""
         return dict(weights)
 
 

@@ -334,8 +334,8 @@ class TrunkNetwork(Network):
         return Normalised(y, sigma, self.config.multiple)
 
     def adopted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a network without a channel of ones in its stem, or without ears, too: what is new
-        has no weight at first."""
+        """Weights of a network whose stem lacks the channel of ones, or that has no ears, fit too:
+        the new parts start at zero."""
         adopted, key = dict(weights), "trunk.stem.weight"
         if self.config.constant and key in adopted:
             stem = adopted[key]  # (widths[0], C s^2 and noise level, 3, 3)

@@ -104,7 +104,7 @@ class Batch(Generic[R]):
     overwrite: bool = False  # also what was changed since the manifest was written
     skip_existing: bool = False  # pass over what is there
     max_pixels: int = images.MAX_PIXELS  # refuse larger pictures
-    # Told the share done of a large picture.
+    # Called with the share of a large picture that is done.
     watch: Callable[[Job, float], None] = lambda job, share: None
 
     def run(self, jobs: Sequence[Job], late: list[Done[R]] | None = None) -> Generator[Done[R]]:
@@ -113,8 +113,8 @@ class Batch(Generic[R]):
         A bad file is reported in its ``Done`` and the rest goes on. SetupError when the disk
         is full: everything after would fail as well.
 
-        late: is given what was written, or is on the way out, and has not come yet when the run
-        ends early: by an exception, or closed from outside. What came last may be in it, too.
+        late: if the run ends early, by an exception or closed from outside, it receives the results
+        that were written, or were being written, and not yet yielded. It may repeat the last one.
         """
         held = _Held()
         writes: deque[tuple[_Loaded, Future[Done[R]]]] = deque()
@@ -136,7 +136,7 @@ class Batch(Generic[R]):
                 if isinstance(group, Done):
                     yield group
                 else:
-                    # Small pictures are told of before a large one keeps this thread for long.
+                    # Report small pictures before a large one keeps this thread busy for long.
                     while writes and writes[0][0].pixels <= LARGE_PIXELS < group.items[0].pixels:
                         yield from settled()
                     for item, result, seconds in self._compute(group):
@@ -308,7 +308,7 @@ class Batch(Generic[R]):
     @cached_property
     def parameters(self) -> dict[str, Any]:
         """What the outputs depend on besides the pictures and the weights, as JSON has it."""
-        # Of a weights file its model's name: where it lies changes nothing.
+        # For a weights file the name of its model, not its path: moving the file changes no output.
         name = self.models.name if self.models.name == AUTO else self.models.pick(1, 1).name
         return {
             **self.operation.parameters,

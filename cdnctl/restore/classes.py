@@ -85,10 +85,10 @@ def most_probable(stack: Stack) -> Tensor:
 
 
 def class_change(view: View, logits: Tensor, settings: Settings) -> float:
-    """Root mean square, in [0, 1] pixel units, of what the told class changes in a restored
+    """Root mean square, in [0, 1] pixel units, of the change that the class makes in a restored
     picture before it is clipped and rounded: strength guidance (D_target - D).
 
-    Of a view of several tiles that in the one in the middle. logits: of the whole picture, (K,).
+    Where the view has several tiles, in the middle one only. logits: of the whole picture, (K,).
     """
     shift = class_shift(view.model, settings, logits)
     middle = next(
@@ -103,8 +103,8 @@ def class_change(view: View, logits: Tensor, settings: Settings) -> float:
 
 
 def class_shift(model: Model, settings: Settings, logits: Tensor) -> Tensor:
-    """The mixture, (K,), that gives what the told class changes. The correction is linear in
-    it: with one that sums to zero, one pass gives the difference of two."""
+    """The mixture, (K,), whose correction is the change that the class makes. Corrections are
+    linear in the mixture, so one pass with weights that sum to zero gives the difference of two."""
     return class_mixture(model, settings, logits) - logits.softmax(0)
 
 

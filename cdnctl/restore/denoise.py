@@ -168,7 +168,7 @@ def whole_place(samples: np.ndarray) -> tiles.Box:
 
 
 def _with_halo(place: tiles.Box, size: tuple[int, ...]) -> tuple[tiles.Box, tiles.Box]:
-    """A place with what `ends` looks at around it, and the place within that."""
+    """A place extended by the window of `ends`, and the place relative to that."""
     halo = END_WINDOW // 2
     around, inside = [], []
     for part, length in zip(place, size, strict=True):

@@ -51,7 +51,7 @@ class Origin:
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> Origin:
-        """From a line of the manifest; what is missing matches no file."""
+        """From a line of the manifest; values that are missing match no file."""
         return Origin(**{k: record[k] for k in asdict(Origin()) if k in record})
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Origin:
         return asdict(self)
 
     def still(self, path: Path) -> bool:
-        """Whether the file is the same. Only if its time has changed, its content is read."""
+        """Whether the file is the same. Its content is read only if its time has changed."""
         try:
             stat = path.stat()
             if stat.st_size != self.input_bytes:
@@ -74,10 +74,9 @@ class Origin:
 class Manifest:
     """The manifest of an output folder: what it says, and as a context open for more lines.
 
-    rank, world: of several processes each writes a part of its own, and all read all parts.
-    The file is locked while it is open, and read when it is opened; `read` alone changes
-    nothing. Entering raises UsageError if another run has it, SetupError if it cannot be
-    written.
+    rank, world: each of several processes writes its own part, and all read all parts. The file
+    is read when it is opened and locked while it is open; `read` alone changes nothing. Entering
+    raises UsageError if another run has it, SetupError if it cannot be written.
     """
 
     def __init__(self, folder: Path, rank: int = 0, world: int = 1):

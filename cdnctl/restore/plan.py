@@ -110,10 +110,10 @@ def share(
     rank: int = 0,
     world: int = 1,
 ) -> tuple[list[Job], list[Job]]:
-    """Of what was planned, what one of several processes has to do, and what it passes over.
+    """The planned jobs that one of several processes has to do, and those that it passes over.
 
-    skip_existing: pass over what is there. replace: do it again, or go on with it. With neither,
-    UsageError if an output is there.
+    skip_existing: pass over jobs whose output exists. replace: do them again, or go on with them.
+    With neither, UsageError if an output exists.
     """
     existing = [job for job in jobs if os.path.exists(job.output)]
     if skip_existing:
@@ -144,7 +144,7 @@ def _writable(path: Path) -> Path:
 
 
 def _without(files: list[Path], source: Path, output: Path) -> list[Path]:
-    """The files of a folder, but for what an earlier run wrote into a folder inside of it."""
+    """The files of a folder, without those that an earlier run wrote into an output inside it."""
     place = output.resolve()
     if source.resolve() not in place.parents:
         return files

@@ -39,7 +39,7 @@ def on_unit_scale(image: Image, scale: tuple[float, float] | None, name: str) ->
 
 
 def on_own_scale(image: Image, scale: tuple[float, float] | None) -> Image:
-    """What `on_unit_scale` was given, of what was made of it."""
+    """The inverse of `on_unit_scale`, for a picture made from its result."""
     if scale is None:
         return image
     black, white = scale
@@ -50,13 +50,13 @@ def on_own_scale(image: Image, scale: tuple[float, float] | None) -> Image:
 def is_gray(pixels: np.ndarray) -> bool:
     """Whether the channels of (H, W, C) are equal up to 1/255: WebP and JPEG round as much."""
     white = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else 1
-    # In blocks: of most pictures the first says no, and none is copied as a whole.
+    # In blocks: for most pictures the first one settles it, and no picture is copied whole.
     blocks = (pixels[row : row + 64] for row in range(0, len(pixels), 64))
     return all((np.ptp(b, axis=2) <= 1.01 * white / images.PEAK).all() for b in blocks)
 
 
 def is_bilevel(samples: np.ndarray) -> bool:
-    """Whether whole numbers are all black or white: no noise can be told from that."""
+    """Whether all samples, if whole numbers, are black or white: such a picture shows no noise."""
     if samples.dtype.kind != "u":
         return False
     white = np.iinfo(samples.dtype).max

@@ -46,7 +46,7 @@ class Stack:
                 self._told = self._heard()
 
     def _heard(self) -> Told:
-        """What is told of all; of white noise that it is white."""
+        """What the network hears of all pictures' noise; white noise is described as white."""
         said = []
         for view, y in zip(self.views, self._noisy, strict=True):
             heard = view.hears(y)

@@ -34,6 +34,11 @@ def plan(height: int, width: int, tile: int, margin: int, multiple: int) -> list
     with its margins, as far as that leaves a core. Of the sizes that do, the one with the
     fewest pixels in all tiles together is taken; without margins all have as many, and the one
     with the fewest tiles is.
+
+    >>> for t in plan(8, 24, tile=12, margin=2, multiple=4):
+    ...     print(t.read[1], "keeps", t.core[1], "for", t.place[1])
+    slice(0, 16, None) keeps slice(0, 12, None) for slice(0, 12, None)
+    slice(8, 24, None) keeps slice(4, 16, None) for slice(12, 24, None)
     """
     margin += -margin % multiple
 

@@ -28,8 +28,8 @@ from cdnctl.runtime import available_memory
 # which need 0.6 GB themselves, stay below 2. Larger ones overlap less and take less time.
 DEFAULT_TILE = 1344
 MIN_TILE = 256
-# Times as much memory is taken where what the network keeps for a gradient comes on top: measured
-# 3.3 to 5.5 with the bundled models.
+# A gradient multiplies the memory by this factor, because the network keeps its features for it:
+# measured 3.3 to 5.5 with the bundled models.
 GRADIENT = 6
 EXCESS = 1.25  # most by which a change may exceed the noise that was measured
 
@@ -42,11 +42,11 @@ class View:
     samples: (H, W, C) of any dtype, which stay on the host as they are.
     tile: no tile has more than tile x tile pixels; None: as large as ``memory``, in bytes,
     allows, see `default_tile`. gradient: whether gradients through the network are wanted,
-    which take more. watch: told the share of the work that is done, now and then. logits: class
-    scores of the whole picture, (K,), if they are known.
+    which take more. watch: called now and then with the share of the work that is done. logits:
+    class scores of the whole picture, (K,), if they are known.
 
-    ImageError if ``memory`` is not enough for the smallest tiles that are worth while, but where
-    ``tile`` says how large they are.
+    ImageError if ``memory`` is too small for the smallest useful tiles, unless ``tile`` sets their
+    size.
 
     Grayscale pictures are repeated over the network's channels. Their noise is then
     the same in all of them, so it lies on the gray axis alone, where it is sqrt(C)
@@ -271,7 +271,7 @@ class View:
         return self.over_tiles(lambda y: self.correct(y, mixture))
 
     def _counted(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """The function, with the share of the work that is done told to who watches."""
+        """The function, which then also reports progress to ``watch``: the share of work done."""
 
         def run(y: Tensor) -> Tensor:
             out = function(y)
@@ -334,10 +334,10 @@ def memory_errors(view: View) -> Iterator[None]:
 
 
 def in_tiles_that_fit(view: View, work: Callable[[View], T]) -> tuple[View, T]:
-    """What ``work`` makes of a view and, where memory runs out, of one in smaller tiles; and the
-    view of which it was made.
+    """The view that was used, and the result of ``work`` on it: in smaller tiles each time that
+    memory runs out.
 
-    OutOfMemory if there are none smaller, or the view was told how large its tiles are.
+    OutOfMemory if tiles cannot be smaller, or if the view was given their size.
     """
     asked = view.tile
     while True:
@@ -358,7 +358,7 @@ def default_tile(model: Model, memory: int | None = None, gradient: bool = False
     """Side of tiles: DEFAULT_TILE, or as much less as fits into ``memory`` bytes, or without a
     number into half of what is free.
 
-    No less than three margins, of which eight ninths are margin: smaller tiles take hours.
+    At least three margins: eight ninths of such a tile are margin, and smaller ones take hours.
     """
     budget = available_memory(model.device) // 2 if memory is None else memory
     least = max(MIN_TILE, 3 * (model.needs.margin or 0))

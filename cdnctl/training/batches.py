@@ -234,8 +234,8 @@ def _replaced(batch: Batch, here: Tensor, pictures: Tensor) -> Batch:
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device that nobody waits for.
 
-    A GPU fetches by itself what lies in page-locked memory; of any other the host would have to
-    wait until the GPU has done all that was asked of it before.
+    A GPU copies page-locked memory on its own. To copy any other memory, the host would first have
+    to wait for all the work that the GPU was given before.
     """
     tensor = tensor.contiguous()
     if device.type != "cuda":

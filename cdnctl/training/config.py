@@ -44,14 +44,15 @@ class NoiseConfig:
     low: float = 0.0
     high: float = 60.0
     power: float = 1.0  # sigma = low + (high - low) u^power
-    mismatch: float = 0.0  # share of pictures whose noise level is told too low, see Batch
-    excess: float = 0.0  # share of pictures that have less noise than is told
-    # Share of pictures with noise as cameras leave it: shaped by octave, colour and tone, and told.
+    mismatch: float = 0.0  # share of pictures with less noise given than there is, see Batch
+    excess: float = 0.0  # share of pictures with more noise given than there is
+    # Share of pictures with noise like that of cameras, shaped by octave, colour and tone; the
+    # network hears its shape.
     camera: float = 0.0
     wide: float = 0.0  # share of pictures with levels from high to top, uniform in their logarithm
     top: float = 0.0
-    # Highest level of pictures for the class loss alone, half of which then have none (0: they
-    # have the levels of the others).
+    # Highest noise level of pictures that serve the class loss alone; half of them are then free of
+    # noise. 0: they have the same levels as the others.
     lessons: float = 0.0
 
     @property
@@ -167,7 +168,7 @@ def needs(config: TrainConfig) -> Needs:
 
 
 def bounds(c: TrainConfig) -> tuple[tuple[str, float, float, float], ...]:
-    """Every number of a config with its name, and between what it must lie, ends included."""
+    """(name, value, lowest, highest) of every number of a config, both ends allowed."""
     return (
         ("data.patch", c.data.patch, 1, 4096),
         ("data.batch", c.data.batch, 1, 65536),

@@ -52,9 +52,9 @@ def train(
 ) -> Outcome:
     """Start a run in the folder ``run`` with a config, or continue the one that is there without.
 
-    A function as ``run`` makes the folder, once all else is ready: what cannot begin leaves none.
-    Picture files that cannot be read are passed over, and again when the run goes on; ``loaded``
-    is told of them, or that there are none, when all others are in memory.
+    ``run`` may be a function that makes the folder; it is called once all else is ready, so that a
+    run that cannot begin leaves no folder. Picture files that cannot be read are passed over, also
+    when the run goes on; ``loaded`` gets the list of them when all others are in memory.
     Saves and returns when all steps are done, ``max_seconds`` have passed or
     ``should_stop`` says so; in a group of processes all of them stop together.
     A continued run ends at the same weights as one that was never stopped (on a CPU to

@@ -93,7 +93,7 @@ def _mixture(batch: Batch, config: LossConfig) -> Mixture:
 
 
 def _matching(denoised: Tensor, batch: Batch, config: LossConfig) -> Tensor:
-    # Told too much, it cannot come as near as the noise that is there would allow.
+    # A network that hears too high a level cannot come as close as the true level would allow.
     sigma = torch.maximum(batch.sigma, batch.told).clamp_min(QUIETEST)
     return score_matching(denoised, batch.clean, sigma, config.score_power)
 

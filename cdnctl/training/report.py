@@ -79,7 +79,8 @@ def sheet(samples: Samples) -> bytes:
 def read_results(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     """results.csv of a run by column: (steps, values) where there are values.
 
-    Empty if there is no such file; half a row at its end, and what is no number, are left out.
+    Empty if there is no such file. An incomplete last row and cells that are not numbers are left
+    out.
     """
     columns: dict[str, tuple[list[int], list[float]]] = {}
     path = folder / RESULTS

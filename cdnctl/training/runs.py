@@ -46,7 +46,7 @@ EXTENDABLE = ("optim.steps", "optim.decay")  # too, while a linear schedule is s
 
 @dataclass(frozen=True)
 class Progress:
-    """What a watcher is told now and then; the rows of results.csv."""
+    """A report during training, and a row of results.csv."""
 
     step: int
     steps: int
@@ -106,7 +106,7 @@ class Run:
         )
 
     def with_pictures(self, pictures: Pictures, held: Pictures) -> Run:
-        """The same with what was read of its datasets, for training and validation."""
+        """This run, with the facts about the pictures read for training and validation."""
         unread = (u.key for u in (*pictures.unread, *held.unread))
         return replace(
             self,
@@ -209,10 +209,9 @@ def make_model(header: Header, config: TrainConfig, device: torch.device) -> Net
 
 
 def start_from(path: Path, model: Network) -> dict[str, Any]:
-    """Give the model the weights of a file; what these say of their own training.
+    """Load the weights of a file into the model, and return the file's account of its training.
 
-    They may be those of a network that the model can adopt, see `Network.adopted`. UsageError if
-    they are those of any other.
+    UsageError unless the weights fit the model or can be adopted by it, see `Network.adopted`.
     """
     found, header = load_model(path)
     try:
@@ -251,7 +250,7 @@ def discard(folder: Path) -> None:
 
 
 def shared_path(make: Callable[[], Path]) -> Path:
-    """A path that the first process of the group makes and all others are told."""
+    """A path that the first process of the group makes and passes on to all others."""
     if not dist.is_initialized():
         return make()
     box: list[str | None] = [str(make()) if dist.get_rank() == 0 else None]

@@ -1,8 +1,8 @@
 """What a run has to remember to go on: in memory, and in the files of its state.
 
 A state lies in a folder, in files that each stay below 16 MiB and can be carried to another
-machine. It is written anew under names of its own before the one before is removed, so however
-a run ends, the newest whole state is there.
+machine. A new state gets new file names and is complete before the old one is removed, so a
+complete state is there however a run ends.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class TrainState:
         return float(norm)
 
     def save(self, folder: Path, about: Mapping[str, Any]) -> None:
-        """Write to files of at most 16 MiB in a folder; what was there before is then removed.
+        """Write to files of at most 16 MiB in a folder, then remove the earlier state.
 
         The names hold the step, so until the last file is there the earlier state is whole.
         about: what else `read_run` shall give.
@@ -254,8 +254,8 @@ def _like_memory_of(parameter: Tensor, slot: Tensor) -> Tensor:
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Tensors in groups of at most ``SHARD`` bytes. One that does not fit into what is left of a
-    group fills it with its first rows: it is cut into NAME#0, NAME#1, ..."""
+    """Tensors in groups of at most ``SHARD`` bytes. A tensor that does not fit into the rest of a
+    group is cut by rows into NAME#0, NAME#1, ...; the first piece fills that rest."""
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD
     for key, tensor in tensors.items():

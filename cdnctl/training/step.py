@@ -38,8 +38,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 @contextmanager
 def numerics(precision: str, device: torch.device) -> Iterator[torch.dtype | None]:
-    """The dtype of the trunk for a ``run.precision`` (None: the input's); what a GPU may do to
-    float32 and to find fast convolutions is set for the time being."""
+    """The dtype of the trunk for a ``run.precision`` (None: the input's). Within the context, torch
+    is also set up accordingly: tf32, and the search for fast convolutions."""
     if precision == "auto":
         # GPUs before Ampere only emulate bfloat16.
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
