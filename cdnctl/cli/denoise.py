@@ -31,6 +31,7 @@ from cdnctl.cli.options import (
     RangeOption,
     Recursive,
     SigmaOption,
+    StrengthOption,
     Threads,
     WithClasses,
     class_names,
@@ -38,6 +39,7 @@ from cdnctl.cli.options import (
     parse_range,
     parse_sigma,
     parse_size,
+    parse_strength,
     pixel_limit,
 )
 from cdnctl.cli.pipe import pipe
@@ -75,9 +77,7 @@ def denoise(
     sigma: SigmaOption = "auto",
     target: ClassOption = "none",
     model: ModelOption = "auto",
-    strength: Annotated[
-        float, typer.Option("--strength", help="0: the input, 1: fully denoised.")
-    ] = 1.0,
+    strength: StrengthOption = "1",
     guidance: Annotated[
         float | None,
         typer.Option(
@@ -159,7 +159,7 @@ def denoise(
     settings = Settings(
         level,
         wanted,
-        strength,
+        parse_strength(strength),
         1.0 if guidance is None else guidance,
         tile,
         budget,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +41,7 @@ def noise(
         words = "too small to tell more"
         if level.noise is not None:
             found = level.noise
-            record |= asdict(found) | {"grain": found.grain, "chroma": found.chroma}
+            record |= found.record()
             words = found.summary()
         return record, f"{words}; denoise goes by sigma {told:.1f}"
 

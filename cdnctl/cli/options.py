@@ -28,6 +28,14 @@ Threads = Annotated[
 SigmaOption = Annotated[
     str, typer.Option("--sigma", help="Noise level on the 0..255 scale, or auto: estimate it.")
 ]
+StrengthOption = Annotated[
+    str,
+    typer.Option(
+        "--strength",
+        metavar="LUMA,CHROMA",
+        help="0: the input, 1: fully denoised; one number, or one for luma and one for colour.",
+    ),
+]
 ClassOption = Annotated[
     str,
     typer.Option(
@@ -89,6 +97,20 @@ def parse_sigma(text: str) -> float | None:
     if not 0 <= value <= PEAK:
         raise UsageError(f"sigma is {text}, but must lie between 0 and 255")
     return value / PEAK
+
+
+def parse_strength(text: str) -> float | tuple[float, float]:
+    """How much of a change is wanted: one number, or luma's and chroma's."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not 1 <= len(values) <= 2 or not all(0 <= value <= 1 for value in values):
+        raise UsageError(
+            f"--strength is {text!r}, but must be a number from 0 to 1, or one for luma and one "
+            "for chroma, such as 0.5,1"
+        )
+    return values[0] if len(set(values)) == 1 else (values[0], values[1])
 
 
 def parse_levels(text: str) -> list[float]:

@@ -26,8 +26,10 @@ from cdnctl.restore.classes import (
     class_shift,
     ranked,
     rms,
+    weighed,
 )
 from cdnctl.restore.levels import Level, noise_level
+from cdnctl.restore.noise import Noise
 from cdnctl.restore.operation import Result
 from cdnctl.restore.samples import is_bilevel, on_own_scale, on_unit_scale, sample_step
 from cdnctl.restore.settings import Settings
@@ -50,6 +52,7 @@ class Restored(Result):
     posterior: Mapping[str, float]  # p(c | picture), most probable class first
     held: float = 0.0  # share of the pixels where the model was held back, see core.guard
     class_change: float | None = None  # see the function of that name; None: no class was told
+    noise: Noise | None = None  # what was measured; None: the level was told, or too little to tell
 
     def __repr__(self) -> str:
         best = [f"{name} {p:.1%}" for name, p in list(self.posterior.items())[:1]]
@@ -97,7 +100,7 @@ def restore(
         with memory_errors(view):
             change = class_change(view, logits, chosen)
     result = _noted(image.with_samples(samples), level, held, settings.sigma is not None)
-    return Restored(result, model, view.sigma, view.told, found, held, change)
+    return Restored(result, model, view.sigma, view.told, found, held, change, level.noise)
 
 
 def _noted(image: Image, level: Level, held: float, told: bool) -> Image:
@@ -122,7 +125,7 @@ def _blend(image: Image, view: View, settings: Settings) -> np.ndarray:
     places, _ = view.stream(choose)
     result = np.empty_like(image.samples)
     for place, correction in places:
-        result[place] = _step(image.samples, place, correction, view.sigma, settings.strength)
+        result[place] = _step(image.samples, place, correction, view.sigma, settings)
     return result
 
 
@@ -131,10 +134,11 @@ def moved(
     place: tiles.Box,
     correction: np.ndarray,
     sigma: float,
-    strength: float = 1.0,
+    strengths: tuple[float, float] = (1.0, 1.0),
 ) -> np.ndarray:
     """A place of samples (H, W, C) of any dtype, moved along its correction (h, w, C) as far as
-    ``strength`` says: float32 in [0, 1] pixel units, not clipped.
+    ``strengths`` say for luma and for chroma, see `core.coloured.AXES`; gray has luma alone.
+    float32 in [0, 1] pixel units, not clipped.
 
     Whole numbers hold clipped noise, whose effect on blacks and whites is undone.
     """
@@ -150,16 +154,26 @@ def moved(
         # What was held back altogether is no mean of anything.
         changed = (correction != 0).any(-1, keepdims=True)
         x = np.where(changed, unclipped(x, sigma, (low[inside], high[inside]), step), y)
-    return y + np.float32(strength) * (x - y)
+    luma, chroma = (np.float32(part) for part in strengths)
+    change = x - y
+    if luma == chroma or change.shape[-1] == 1:
+        return y + luma * change
+    # The mean over channels is what lies on the axis of luma; both axes of chroma hold the rest.
+    return y + (chroma * change + (luma - chroma) * change.mean(-1, keepdims=True))
 
 
 def _step(
-    samples: np.ndarray, place: tiles.Box, correction: np.ndarray, sigma: float, strength: float
+    samples: np.ndarray,
+    place: tiles.Box,
+    correction: np.ndarray,
+    sigma: float,
+    settings: Settings,
 ) -> np.ndarray:
     """What `moved` gives, in the dtype of the samples."""
-    if strength == 0:
+    if not any(settings.strengths):
         return samples[place]
-    return images.from_unit(moved(samples, place, correction, sigma, strength), samples.dtype)
+    values = moved(samples, place, correction, sigma, settings.strengths)
+    return images.from_unit(values, samples.dtype)
 
 
 def whole_place(samples: np.ndarray) -> tiles.Box:
@@ -215,19 +229,21 @@ def restore_batch(
         steps = stack.solve(partial(of_each, class_mixture) if settings.target else None)
         if settings.target is not None:
             shifts = of_each(class_shift, stack.logits)
-            changes = [settings.strength * rms(part) for part in stack.corrections(shifts)]
+            changes = [rms(weighed(part, settings)) for part in stack.corrections(shifts)]
     everything = whole_place(views[0].pixels)
     results = []
     for i, (picture, view) in enumerate(zip(pictures, views, strict=True)):
         if is_bilevel(picture.samples):
             results.append(_left_alone(picture, model))
             continue
-        samples = _step(picture.samples, everything, steps[i], view.sigma, settings.strength)
+        samples = _step(picture.samples, everything, steps[i], view.sigma, settings)
         image = picture.with_samples(samples)
         image = _noted(image, view.level, view.held, settings.sigma is not None)
         scores = choices[i][1]
         found = ranked(model, stack.logits[i] if scores is None else scores)
-        results.append(Restored(image, model, view.sigma, view.told, found, view.held, changes[i]))
+        told, noise = view.told, view.level.noise
+        found_in = Restored(image, model, view.sigma, told, found, view.held, changes[i], noise)
+        results.append(found_in)
     return results
 
 
@@ -285,4 +301,5 @@ class Denoise:
             "class_asked": "none" if target is None else target,
             "most_probable_class": next(iter(result.posterior), None),
             "held": round(result.held, 6),
+            "noise": None if result.noise is None else result.noise.record(),
         }

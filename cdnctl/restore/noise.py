@@ -115,11 +115,15 @@ class Noise:
             return f"white noise, sigma {PEAK * self.sigma:.3g}{unsure}"
         words = [
             f"sigma {dark:.2g} in shadows to {light:.2g} in lights",
-            f"grain {self.grain:.1f} px",
+            f"grain {self.grain:.2g} px",
         ]
         if len(self.levels) > 1:
-            words.append(f"chroma {self.chroma:.1f} x luma")
+            words.append(f"chroma {self.chroma:.2g} x luma")
         return "camera noise: " + ", ".join(words) + unsure
+
+    def record(self) -> dict[str, Any]:
+        """For programs: the model, and what is told by it, as JSON has it."""
+        return asdict(self) | {"grain": self.grain, "chroma": self.chroma}
 
     def to_json(self) -> str:
         """As a JSON object."""
