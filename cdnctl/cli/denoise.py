@@ -27,6 +27,7 @@ from cdnctl.cli.options import (
     Json,
     MaxMegapixels,
     ModelOption,
+    NoiseOption,
     Quiet,
     RangeOption,
     Recursive,
@@ -75,6 +76,7 @@ def denoise(
         ),
     ] = None,
     sigma: SigmaOption = "auto",
+    noise: NoiseOption = None,
     target: ClassOption = "none",
     model: ModelOption = "auto",
     strength: StrengthOption = "1",
@@ -137,6 +139,11 @@ def denoise(
             f"--guidance {guidance:g} weighs what a class changes, but none is told: "
             "give --class as well"
         )
+    if level is not None and noise is not None:
+        raise UsageError(
+            f"--sigma {sigma} tells the level and --noise {noise!r} how to measure it: "
+            "leave one of them out"
+        )
     if skip_existing and (overwrite or resume):
         other = "--overwrite" if overwrite else "--resume"
         raise UsageError(f"{other} and --skip-existing exclude each other")
@@ -153,6 +160,7 @@ def denoise(
     from cdnctl.restore.batch import Batch
     from cdnctl.restore.manifest import Manifest
     from cdnctl.restore.plan import plan, same_file, share
+    from cdnctl.restore.profiles import known_noise
     from cdnctl.runtime import patient_barrier, process_group
     from cdnctl.selection import Models
 
@@ -164,6 +172,7 @@ def denoise(
         tile,
         budget,
         parse_range(scale),
+        known_noise(noise or "auto"),
     )
     models = Models(model, torch_device, class_names(wanted))
     printer = Printer(settings, as_json, quiet)

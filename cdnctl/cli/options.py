@@ -28,6 +28,15 @@ Threads = Annotated[
 SigmaOption = Annotated[
     str, typer.Option("--sigma", help="Noise level on the 0..255 scale, or auto: estimate it.")
 ]
+NoiseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--noise",
+        metavar="KIND",
+        help="What the noise is like: auto (measured), white (of one level), camera (not white, "
+        "even where it looks so), or a profile that noise --save wrote.",
+    ),
+]
 StrengthOption = Annotated[
     str,
     typer.Option(

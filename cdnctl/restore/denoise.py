@@ -59,6 +59,11 @@ class Restored(Result):
         return f"Restored({', '.join([repr(self.image), f'sigma {self.sigma:.4g}', *best])})"
 
 
+def measured(image: Image, settings: Settings) -> Level:
+    """The noise of a picture, as far as the settings do not tell it."""
+    return noise_level(image, sigma=settings.sigma, kind=settings.noise)
+
+
 def _left_alone(image: Image, model: Model) -> Restored:
     note = "every sample is black or white: left as it is"
     return Restored(replace(image, notes=(*image.notes, note)), model, 0.0, 0.0, {})
@@ -83,7 +88,7 @@ def restore(
         return restore_batch([image], model, settings, None if level is None else [level])[0]
     if is_bilevel(image.samples):
         return _left_alone(image, model)
-    level = level or noise_level(image, sigma=settings.sigma)
+    level = level or measured(image, settings)
 
     def blended(view: View) -> tuple[Settings, Tensor | None, np.ndarray]:
         chosen, scores = choose_class(view, settings)
@@ -213,7 +218,7 @@ def restore_batch(
     At most `batch_size` of them. levels: of their noise, if it was measured before.
     """
     _check_model(model, settings)
-    levels = levels or [noise_level(picture, sigma=settings.sigma) for picture in pictures]
+    levels = levels or [measured(picture, settings) for picture in pictures]
     views = [View(model, p.samples, level) for p, level in zip(pictures, levels, strict=True)]
     stack = Stack(views)
     changes: list[float | None] = [None] * len(views)
@@ -275,7 +280,10 @@ class Denoise:
     def prepare(self, image: Image, name: str) -> _Ready:
         """The picture with its noise measured."""
         image = on_unit_scale(image, self.settings.range, name)
-        return _Ready(image, noise_level(image, sigma=self.settings.sigma))
+        try:
+            return _Ready(image, measured(image, self.settings))
+        except ImageError as error:
+            raise ImageError(f"{name!r}: {error}") from None
 
     def together(self, height: int, width: int) -> int:
         """As many as fill up a batch."""

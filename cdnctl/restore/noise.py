@@ -7,7 +7,7 @@ has the same level on each. Levels are standard deviations in [0, 1] pixel units
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,23 @@ class Noise:
     def safe(self) -> float:
         """Level to tell a denoiser of white noise: less where it may be texture."""
         return self.confidence * self.told
+
+    @property
+    def whitened(self) -> Noise:
+        """White noise of the level that is told of it."""
+        return Noise.white(self.told, len(self.levels))
+
+    def within(self, tones: Array) -> Noise:
+        """The same noise in a picture of other tones, an array in [0, 1]: no tone has another
+        level than before, but ``shape`` and ``levels`` are relative to this picture."""
+        scale = float(np.sqrt(np.mean(self.curve(tones) ** 2)))
+        if scale == 0:
+            return self
+        return replace(
+            self,
+            shape=tuple(s / scale for s in self.shape),
+            levels=tuple(tuple(level * scale for level in row) for row in self.levels),
+        )
 
     @property
     def camera(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cdnctl.errors import UsageError
+from cdnctl.restore.levels import Kind
 
 AUTO = "auto"
 
@@ -23,6 +24,8 @@ class Settings:
     tile: int | None = None  # of at most tile x tile pixels; None: as large as ``memory`` allows
     memory: int | None = None  # bytes for the network's work; None: half of what is free
     range: tuple[float, float] | None = None  # black and white of float samples; None: 0 and 1
+
+    noise: Kind = "auto"  # what is known of it, where sigma is not told; see `levels.KINDS`
 
     def __post_init__(self) -> None:
         for part in self.strengths:
