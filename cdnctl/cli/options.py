@@ -45,6 +45,21 @@ StrengthOption = Annotated[
         help="0: the input, 1: fully denoised; one number, or one for luma and one for colour.",
     ),
 ]
+MaskOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--mask", help="A picture of the same size: white is denoised, black left to the bit."
+    ),
+]
+SheetOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--sheet",
+        metavar="FILE.png",
+        help="Write crops of shadows, lights and texture at full size, one column for each of "
+        "--sigma 5,10,20, and nothing else.",
+    ),
+]
 ClassOption = Annotated[
     str,
     typer.Option(
@@ -106,6 +121,11 @@ def parse_sigma(text: str) -> float | None:
     if not 0 <= value <= PEAK:
         raise UsageError(f"sigma is {text}, but must lie between 0 and 255")
     return value / PEAK
+
+
+def parse_sigmas(text: str) -> list[float | None]:
+    """One or more noise levels of `parse_sigma`, comma-separated."""
+    return [parse_sigma(part.strip()) for part in text.split(",")]
 
 
 def parse_strength(text: str) -> float | tuple[float, float]:

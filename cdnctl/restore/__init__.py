@@ -8,9 +8,10 @@
 
 Imports point to the left: ``samples``, ``noise`` and ``measuring`` (what noise a picture holds),
 ``levels`` (how strong it is), ``profiles`` (what several pictures have in common), ``tiles`` and
-``scale`` (arithmetic of sizes), ``view`` (a picture as the network sees it), ``settings``,
-``classes`` (what it shows), ``denoise``; beside these ``plan`` (which file goes where) and
-``manifest`` (what was done); ``batch`` (many files) above all.
+``scale`` (arithmetic of sizes), ``view`` (a picture as the network sees it), ``masks`` and
+``settings``, ``classes`` (what it shows), ``denoise``, ``preview`` (parts to judge settings by);
+beside these ``plan`` (which file goes where) and ``manifest`` (what was done); ``batch`` (many
+files) above all.
 
 The names of the Python API are here; what is for many files is in ``plan`` and ``batch``.
 """
@@ -27,6 +28,7 @@ from cdnctl.restore.classes import (
 )
 from cdnctl.restore.denoise import Denoise, Restored, moved, restore, restore_batch, whole_place
 from cdnctl.restore.levels import Level, estimate_sigma, noise_level
+from cdnctl.restore.masks import Mask
 from cdnctl.restore.noise import Noise
 from cdnctl.restore.operation import Operation, Result
 from cdnctl.restore.samples import on_own_scale, on_unit_scale
@@ -46,6 +48,7 @@ __all__ = [
     "Classified",
     "Denoise",
     "Level",
+    "Mask",
     "Noise",
     "Operation",
     "OutOfMemory",

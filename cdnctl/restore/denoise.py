@@ -83,7 +83,7 @@ def restore(
     done, now and then. ImageError if memory does not suffice; without a ``settings.tile``
     smaller tiles are tried first.
     """
-    _check_model(model, settings)
+    check(model, settings, [image])
     if batch_size(*image.samples.shape[:2]) > 1:
         return restore_batch([image], model, settings, None if level is None else [level])[0]
     if is_bilevel(image.samples):
@@ -92,7 +92,7 @@ def restore(
 
     def blended(view: View) -> tuple[Settings, Tensor | None, np.ndarray]:
         chosen, scores = choose_class(view, settings)
-        return chosen, scores, _blend(image, view, chosen)
+        return chosen, scores, blend(image, view, chosen)
 
     view = View(model, image.samples, level, settings.tile, memory=settings.memory, watch=watch)
     view, (chosen, scores, samples) = in_tiles_that_fit(view, blended)
@@ -124,7 +124,7 @@ def _noted(image: Image, level: Level, held: float, told: bool) -> Image:
     return replace(image, notes=(*image.notes, *notes)) if notes else image
 
 
-def _blend(image: Image, view: View, settings: Settings) -> np.ndarray:
+def blend(image: Image, view: View, settings: Settings) -> np.ndarray:
     """Samples of the restored picture."""
     choose = partial(class_mixture, view.model, settings) if settings.target else None
     places, _ = view.stream(choose)
@@ -140,10 +140,11 @@ def moved(
     correction: np.ndarray,
     sigma: float,
     strengths: tuple[float, float] = (1.0, 1.0),
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """A place of samples (H, W, C) of any dtype, moved along its correction (h, w, C) as far as
     ``strengths`` say for luma and for chroma, see `core.coloured.AXES`; gray has luma alone.
-    float32 in [0, 1] pixel units, not clipped.
+    weights: of each pixel, (h, w). float32 in [0, 1] pixel units, not clipped.
 
     Whole numbers hold clipped noise, whose effect on blacks and whites is undone.
     """
@@ -160,7 +161,7 @@ def moved(
         changed = (correction != 0).any(-1, keepdims=True)
         x = np.where(changed, unclipped(x, sigma, (low[inside], high[inside]), step), y)
     luma, chroma = (np.float32(part) for part in strengths)
-    change = x - y
+    change = x - y if weights is None else weights[..., None] * (x - y)
     if luma == chroma or change.shape[-1] == 1:
         return y + luma * change
     # The mean over channels is what lies on the axis of luma; both axes of chroma hold the rest.
@@ -177,8 +178,13 @@ def _step(
     """What `moved` gives, in the dtype of the samples."""
     if not any(settings.strengths):
         return samples[place]
-    values = moved(samples, place, correction, sigma, settings.strengths)
-    return images.from_unit(values, samples.dtype)
+    weights = None if settings.mask is None else settings.mask.weights[place]
+    values = moved(samples, place, correction, sigma, settings.strengths, weights)
+    result = images.from_unit(values, samples.dtype)
+    if weights is None:
+        return result
+    # Numbers of 32 bits and more would not come back as they were.
+    return np.where(weights[..., None] == 0, samples[place], result)
 
 
 def whole_place(samples: np.ndarray) -> tiles.Box:
@@ -197,13 +203,16 @@ def _with_halo(place: tiles.Box, size: tuple[int, ...]) -> tuple[tiles.Box, tile
     return (around[0], around[1]), (inside[0], inside[1])
 
 
-def _check_model(model: Model, settings: Settings) -> None:
-    """UsageError for what the model cannot do."""
+def check(model: Model, settings: Settings, pictures: Sequence[Image]) -> None:
+    """UsageError for what the model cannot do, ImageError if pictures do not fit the mask."""
     model.corrector()
     if settings.target is not None and not isinstance(model.module, HasPosterior):
         raise UsageError(
             f"model {model.name!r} ({model.header.arch}) knows no classes: leave --class out"
         )
+    if settings.mask is not None:
+        for picture in pictures:
+            settings.mask.check(picture.samples)
 
 
 @torch.no_grad()
@@ -217,7 +226,7 @@ def restore_batch(
 
     At most `batch_size` of them. levels: of their noise, if it was measured before.
     """
-    _check_model(model, settings)
+    check(model, settings, pictures)
     levels = levels or [measured(picture, settings) for picture in pictures]
     views = [View(model, p.samples, level) for p, level in zip(pictures, levels, strict=True)]
     stack = Stack(views)
@@ -270,8 +279,10 @@ class Denoise:
     @property
     def parameters(self) -> dict[str, Any]:
         """See `Operation`; the noise level is on the scale of 0..255, as people tell it."""
-        values = asdict(self.settings)
+        mask = self.settings.mask
+        values = asdict(replace(self.settings, mask=None))
         del values["memory"]
+        values["mask"] = None if mask is None else mask.digest
         if self.settings.sigma is not None:
             values["sigma"] = round(images.PEAK * self.settings.sigma, 6)
         parameters: dict[str, Any] = json.loads(json.dumps(values))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cdnctl.errors import UsageError
 from cdnctl.restore.levels import Kind
+from cdnctl.restore.masks import Mask
 
 AUTO = "auto"
 
@@ -24,8 +25,8 @@ class Settings:
     tile: int | None = None  # of at most tile x tile pixels; None: as large as ``memory`` allows
     memory: int | None = None  # bytes for the network's work; None: half of what is free
     range: tuple[float, float] | None = None  # black and white of float samples; None: 0 and 1
-
     noise: Kind = "auto"  # what is known of it, where sigma is not told; see `levels.KINDS`
+    mask: Mask | None = None  # weighs ``strength`` in each place; None: alike in all
 
     def __post_init__(self) -> None:
         for part in self.strengths:
