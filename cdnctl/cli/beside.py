@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cdnctl.restore import Restored, Settings
     from cdnctl.restore.batch import Batch
     from cdnctl.restore.plan import Job
+    from cdnctl.restore.samples import Range
     from cdnctl.selection import Models
 
 
@@ -56,18 +57,16 @@ def write_uncertainty(
         images.write(drawn(std[..., 0], sigma), path, overwrite=batch.overwrite)
 
 
-def write_comparison(
-    job: Job, path: Path, batch: Batch[Restored], scale: tuple[float, float] | None
-) -> None:
+def write_comparison(job: Job, path: Path, batch: Batch[Restored], scale: Range | None) -> None:
     """The input beside the output, both as they are in their files."""
     from cdnctl import images
     from cdnctl.figures import before_and_after
-    from cdnctl.restore import on_unit_scale
+    from cdnctl.restore import black_and_white, on_unit_scale
 
-    before, after = (
-        on_unit_scale(images.read(p, batch.max_pixels), scale, str(p))
-        for p in (job.source, job.output)
-    )
+    before, after = (images.read(p, batch.max_pixels) for p in (job.source, job.output))
+    ends = black_and_white(before, scale, str(job.source))
+    before = on_unit_scale(before, ends, str(job.source))
+    after = on_unit_scale(after, ends, str(job.output))
     path.parent.mkdir(parents=True, exist_ok=True)
     images.write(before_and_after(before, after), path, overwrite=batch.overwrite)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -18,6 +18,9 @@ import cdnctl
 from cdnctl.errors import UsageError
 from cdnctl.headers import bundled, classes
 from cdnctl.units import PEAK
+
+if TYPE_CHECKING:
+    from cdnctl.restore.samples import Range
 
 Device = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
@@ -82,7 +85,9 @@ MaxMegapixels = Annotated[
 RangeOption = Annotated[
     str | None,
     typer.Option(
-        "--range", help="Black and white of float pictures, such as 0:255 (default: 0:1)."
+        "--range",
+        help="Black and white: 0:255 for floats, 0:4095 for 12 bits in 16, or percentiles of the "
+        "picture, p0.1:p99.9. Results are in the same counts.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]
@@ -189,17 +194,27 @@ def class_names(target: str | dict[str, float] | None) -> list[str]:
     return list(target) if isinstance(target, dict) else []
 
 
-def parse_range(text: str | None) -> tuple[float, float] | None:
-    """Black and white of float samples, such as 0:255."""
+def parse_range(text: str | None) -> Range | None:
+    """Black and white, such as 0:4095, or percentiles of a picture, such as p0.1:p99.9."""
     if text is None:
         return None
+    parts = text.split(":")
+    as_percentiles = all(part.startswith("p") for part in parts)
     try:
-        black, white = (float(part) for part in text.split(":"))
+        black, white = (float(part.removeprefix("p") if as_percentiles else part) for part in parts)
     except ValueError:
         black = white = math.nan
     if not (math.isfinite(black) and math.isfinite(white) and black < white):
-        raise UsageError(f"--range is {text!r}, but must be black and white, such as 0:255")
-    return black, white
+        raise UsageError(
+            f"--range is {text!r}, but must be black and white, such as 0:255 or p0.1:p99.9"
+        )
+    if not as_percentiles:
+        return black, white
+    if not 0 <= black < white <= 100:
+        raise UsageError(f"--range is {text!r}, but percentiles lie between p0 and p100")
+    from cdnctl.restore import Percentiles
+
+    return Percentiles(black, white)
 
 
 def parse_size(text: str) -> int:

@@ -31,7 +31,7 @@ from cdnctl.restore.levels import Level, estimate_sigma, noise_level
 from cdnctl.restore.masks import Mask
 from cdnctl.restore.noise import Noise
 from cdnctl.restore.operation import Operation, Result
-from cdnctl.restore.samples import on_own_scale, on_unit_scale
+from cdnctl.restore.samples import Percentiles, black_and_white, on_own_scale, on_unit_scale
 from cdnctl.restore.settings import Settings
 from cdnctl.restore.stack import Stack, batch_size
 from cdnctl.restore.view import (
@@ -52,6 +52,7 @@ __all__ = [
     "Noise",
     "Operation",
     "OutOfMemory",
+    "Percentiles",
     "Restored",
     "Result",
     "Settings",
@@ -59,6 +60,7 @@ __all__ = [
     "View",
     "at_class_scale",
     "batch_size",
+    "black_and_white",
     "check_channels",
     "choose_class",
     "class_change",

@@ -31,7 +31,13 @@ from cdnctl.restore.classes import (
 from cdnctl.restore.levels import Level, noise_level
 from cdnctl.restore.noise import Noise
 from cdnctl.restore.operation import Result
-from cdnctl.restore.samples import is_bilevel, on_own_scale, on_unit_scale, sample_step
+from cdnctl.restore.samples import (
+    black_and_white,
+    is_bilevel,
+    on_own_scale,
+    on_unit_scale,
+    sample_step,
+)
 from cdnctl.restore.settings import Settings
 from cdnctl.restore.stack import Stack, batch_size
 from cdnctl.restore.view import View, in_tiles_that_fit, memory_errors
@@ -267,6 +273,8 @@ class _Ready:
 
     image: Image
     level: Level
+    ends: tuple[float, float] | None  # see `black_and_white`
+    dtype: np.dtype[Any]  # that it came with
 
 
 @dataclass(frozen=True)
@@ -290,9 +298,10 @@ class Denoise:
 
     def prepare(self, image: Image, name: str) -> _Ready:
         """The picture with its noise measured."""
-        image = on_unit_scale(image, self.settings.range, name)
+        ends, dtype = black_and_white(image, self.settings.range, name), image.dtype
+        image = on_unit_scale(image, ends, name)
         try:
-            return _Ready(image, measured(image, self.settings))
+            return _Ready(image, measured(image, self.settings), ends, dtype)
         except ImageError as error:
             raise ImageError(f"{name!r}: {error}") from None
 
@@ -309,8 +318,10 @@ class Denoise:
             found = restore_batch(pictures, model, self.settings, levels)
         else:
             found = [restore(ready[0].image, model, self.settings, watch, ready[0].level)]
-        scale = self.settings.range
-        return [replace(result, image=on_own_scale(result.image, scale)) for result in found]
+        return [
+            replace(result, image=on_own_scale(result.image, one.ends, one.dtype))
+            for one, result in zip(ready, found, strict=True)
+        ]
 
     def record(self, result: Restored) -> dict[str, Any]:
         """What was found; the noise level is on the scale of 0..255."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from cdnctl.errors import UsageError
 from cdnctl.restore.levels import Kind
 from cdnctl.restore.masks import Mask
+from cdnctl.restore.samples import Range
 
 AUTO = "auto"
 
@@ -24,7 +25,7 @@ class Settings:
     guidance: float = 1.0  # D + guidance (D_c - D)
     tile: int | None = None  # of at most tile x tile pixels; None: as large as ``memory`` allows
     memory: int | None = None  # bytes for the network's work; None: half of what is free
-    range: tuple[float, float] | None = None  # black and white of float samples; None: 0 and 1
+    range: Range | None = None  # black and white; None: 0 and 1, or all that whole numbers hold
     noise: Kind = "auto"  # what is known of it, where sigma is not told; see `levels.KINDS`
     mask: Mask | None = None  # weighs ``strength`` in each place; None: alike in all
 
