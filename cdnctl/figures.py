@@ -5,7 +5,7 @@ Pillow draws them with the font that it brings along: no window system, no plott
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +129,35 @@ def before_and_after(before: Image, after: Image) -> Image:
     icc = before.metadata.icc
     metadata = Metadata(icc=icc if before.samples.shape[2] == 3 else None)
     return Image(np.asarray(sheet), metadata=metadata)
+
+
+def contact_sheet(
+    columns: Sequence[str], rows: Mapping[str, Sequence[Image]], caption: str
+) -> Image:
+    """Crops in a table at their own size, one pixel a pixel: each column with its name above,
+    each row with its own, and a caption below. It keeps the colour profile of the first."""
+    crops = {name: [_rgb(image) for image in row] for name, row in rows.items()}
+    first = next(iter(rows.values()))[0]
+    width = max(crop.width for row in crops.values() for crop in row)
+    font = _font(3 * width)
+    line = _line(font)
+    gap = line // 3
+    heights = [line + row[0].height + gap for row in crops.values()]
+    sheet = PIL.Image.new(
+        "RGB", (len(columns) * (width + gap) + gap, sum(heights) + 2 * line + 3 * gap), PAPER
+    )
+    draw = PIL.ImageDraw.Draw(sheet)
+    for i, name in enumerate(columns):
+        draw.text((gap + i * (width + gap), gap), _cut(name, font, width), INK, font)
+    top = line + gap
+    for (name, row), height in zip(crops.items(), heights, strict=True):
+        draw.text((gap, top), _cut(name, font, sheet.width - 2 * gap), INK, font)
+        for i, crop in enumerate(row):
+            sheet.paste(crop, (gap + i * (width + gap), top + line))
+        top += height
+    draw.text((gap, top + gap), _cut(caption, font, sheet.width - 2 * gap), INK, font)
+    icc = first.metadata.icc if first.samples.shape[2] == 3 else None
+    return Image(np.asarray(sheet), metadata=Metadata(icc=icc))
 
 
 def _rgb(image: Image) -> PIL.Image.Image:

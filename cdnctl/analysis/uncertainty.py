@@ -85,7 +85,7 @@ def posterior_std(
     ImageError if memory does not suffice; without a ``settings.tile`` smaller tiles are tried
     first.
     """
-    sigma = noise_level(image, sigma=settings.sigma).sigma
+    sigma = noise_level(image, sigma=settings.sigma, kind=settings.noise).sigma
 
     def spread(view: View) -> np.ndarray:
         mixture = None

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,30 +13,36 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdnctl.cli.common import (
-    NUMBERS,
-    keep_existing,
-    report_error,
-    save_numbers,
-    start_torch,
+from cdnctl.cli.beside import (
+    check_beside,
+    check_sheet,
+    write_comparison,
+    write_sheet,
+    write_uncertainty,
 )
+from cdnctl.cli.common import NUMBERS, report_error, start_torch
 from cdnctl.cli.options import (
     ClassOption,
     Device,
     Json,
+    MaskOption,
     MaxMegapixels,
     ModelOption,
+    NoiseOption,
     Quiet,
     RangeOption,
     Recursive,
+    SheetOption,
     SigmaOption,
+    StrengthOption,
     Threads,
     WithClasses,
     class_names,
     parse_class,
     parse_range,
-    parse_sigma,
+    parse_sigmas,
     parse_size,
+    parse_strength,
     pixel_limit,
 )
 from cdnctl.cli.pipe import pipe
@@ -46,7 +51,7 @@ from cdnctl.cli.progress import progress
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from cdnctl.restore import Restored, Settings
+    from cdnctl.restore import Restored
     from cdnctl.restore.batch import Batch, Done
     from cdnctl.restore.plan import Job
 
@@ -73,11 +78,10 @@ def denoise(
         ),
     ] = None,
     sigma: SigmaOption = "auto",
+    noise: NoiseOption = None,
     target: ClassOption = "none",
     model: ModelOption = "auto",
-    strength: Annotated[
-        float, typer.Option("--strength", help="0: the input, 1: fully denoised.")
-    ] = 1.0,
+    strength: StrengthOption = "1",
     guidance: Annotated[
         float | None,
         typer.Option(
@@ -96,6 +100,8 @@ def denoise(
         Path | None,
         typer.Option("--compare", help="Write the picture before and after in one picture."),
     ] = None,
+    mask: MaskOption = None,
+    sheet: SheetOption = None,
     recursive: Recursive = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace outputs that exist.")
@@ -130,12 +136,22 @@ def denoise(
     quiet: Quiet = False,
 ) -> None:
     """Remove noise from pictures. The originals are never touched."""
-    level = parse_sigma(sigma)
+    levels = parse_sigmas(sigma)
+    level = levels[0]
+    if len(levels) > 1 and sheet is None:
+        raise UsageError(
+            f"--sigma {sigma} is a list: give one level, or --sheet FILE.png to see what each does"
+        )
     wanted = parse_class(target)
     if guidance is not None and wanted is None:
         raise UsageError(
             f"--guidance {guidance:g} weighs what a class changes, but none is told: "
             "give --class as well"
+        )
+    if noise is not None and any(level is not None for level in levels):
+        raise UsageError(
+            f"--sigma {sigma} tells the level and --noise {noise!r} how to measure it: "
+            "leave one of them out"
         )
     if skip_existing and (overwrite or resume):
         other = "--overwrite" if overwrite else "--resume"
@@ -148,25 +164,43 @@ def denoise(
     torch_device = start_torch(device, threads)
     import torch
 
-    from cdnctl.images import WRITE_SUFFIXES
-    from cdnctl.restore import Denoise, Settings
+    from cdnctl import images
+    from cdnctl.restore import Denoise, Mask, Settings
     from cdnctl.restore.batch import Batch
     from cdnctl.restore.manifest import Manifest
     from cdnctl.restore.plan import plan, same_file, share
+    from cdnctl.restore.profiles import known_noise
     from cdnctl.runtime import patient_barrier, process_group
     from cdnctl.selection import Models
 
     settings = Settings(
         level,
         wanted,
-        strength,
+        parse_strength(strength),
         1.0 if guidance is None else guidance,
         tile,
         budget,
         parse_range(scale),
+        known_noise(noise or "auto"),
     )
     models = Models(model, torch_device, class_names(wanted))
+    if mask is not None:
+        found = Mask.of(images.read(mask, max_pixels), str(mask))
+        settings = replace(settings, mask=found)
     printer = Printer(settings, as_json, quiet)
+    if sheet is not None:
+        others = {
+            "-o": output_name is not None,
+            "--uncertainty": uncertainty is not None,
+            "--compare": compare is not None,
+            "--dry-run": dry_run,
+            "--resume": resume,
+            "--skip-existing": skip_existing,
+        }
+        check_sheet(inputs, sheet, [option for option, given in others.items() if given], overwrite)
+        source = inputs[0]
+        write_sheet(source, sheet, levels, settings, models, max_pixels, overwrite, printer)
+        return
     if STDIO in inputs or output == STDIO:
         given = {
             "--uncertainty": uncertainty is not None,
@@ -189,9 +223,9 @@ def denoise(
         wait_for_all = patient_barrier()
         jobs = plan(inputs, output, recursive, into)
         if uncertainty is not None:
-            _check_beside("--uncertainty", uncertainty, jobs, NUMBERS | {".png"}, overwrite)
+            check_beside("--uncertainty", uncertainty, jobs, NUMBERS | {".png"}, overwrite)
         if compare is not None:
-            _check_beside("--compare", compare, jobs, WRITE_SUFFIXES, overwrite)
+            check_beside("--compare", compare, jobs, images.WRITE_SUFFIXES, overwrite)
             if uncertainty is not None and same_file(compare, uncertainty):
                 raise UsageError(f"{str(compare)!r} is named twice: choose another file")
         jobs, passed = share(
@@ -221,9 +255,9 @@ def denoise(
             wait_for_all()  # no process writes before all have planned
             failed = _report(batch, jobs, passed, printer)
             if uncertainty is not None and jobs and not failed:
-                _write_uncertainty(jobs[0], uncertainty, batch, settings, printer)
+                write_uncertainty(jobs[0], uncertainty, batch, settings, printer)
             if compare is not None and jobs and not failed:
-                _write_comparison(jobs[0], compare, batch, settings.range)
+                write_comparison(jobs[0], compare, batch, settings.range)
             # torchrun ends the other processes when one has failed: not before they are done.
             wait_for_all()
     if failed:
@@ -314,54 +348,3 @@ def _report(
         for done in failed:
             print(f"  {done.error}", file=sys.stderr)
     return failed
-
-
-def _check_beside(
-    option: str, path: Path, jobs: list[Job], suffixes: Collection[str], overwrite: bool
-) -> None:
-    """Refuse a file that an option cannot write beside the output of a single picture."""
-    from cdnctl.restore.plan import same_file
-
-    if len(jobs) != 1:
-        raise UsageError(f"{option} takes one picture, not {len(jobs)}")
-    if same_file(path, jobs[0].source) or same_file(path, jobs[0].output):
-        raise UsageError(f"{option} {str(path)!r} is the picture itself or its output")
-    if path.suffix.lower() not in suffixes:
-        known = ", ".join(sorted(suffixes))
-        raise UsageError(f"{option} {str(path)!r} must be a file of one of the kinds {known}")
-    keep_existing(path, overwrite)
-
-
-def _write_uncertainty(
-    job: Job, path: Path, batch: Batch[Restored], settings: Settings, printer: Printer
-) -> None:
-    from cdnctl import images
-    from cdnctl.analysis.uncertainty import drawn, posterior_std
-    from cdnctl.restore import on_unit_scale
-
-    image = images.read(job.source, batch.max_pixels)
-    image = on_unit_scale(image, settings.range, str(job.source))
-    model = batch.models.pick(*image.samples.shape[:2])
-    with progress(1, printer.quiet, printer.as_json):
-        std, sigma = posterior_std(image, model, settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() in NUMBERS:
-        save_numbers(std[..., 0], path, batch.overwrite)
-    else:
-        images.write(drawn(std[..., 0], sigma), path, overwrite=batch.overwrite)
-
-
-def _write_comparison(
-    job: Job, path: Path, batch: Batch[Restored], scale: tuple[float, float] | None
-) -> None:
-    """The input beside the output, both as they are in their files."""
-    from cdnctl import images
-    from cdnctl.figures import before_and_after
-    from cdnctl.restore import on_unit_scale
-
-    before, after = (
-        on_unit_scale(images.read(p, batch.max_pixels), scale, str(p))
-        for p in (job.source, job.output)
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images.write(before_and_after(before, after), path, overwrite=batch.overwrite)

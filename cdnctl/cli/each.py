@@ -27,9 +27,10 @@ def look_at_each(
     scale: str | None,
     as_json: bool,
     quiet: bool,
+    finish: Callable[[], None] = lambda: None,
 ) -> None:
     """Read pictures, on the scale of [0, 1], and print what ``look`` finds in each: a record for
-    programs, words for people. Exit code 1 if one could not be read."""
+    programs, words for people; then ``finish``. Exit code 1 if one could not be read."""
     from cdnctl import images
     from cdnctl.restore import on_unit_scale
     from cdnctl.restore.plan import expand
@@ -54,5 +55,6 @@ def look_at_each(
             elif words is not None:
                 print(f"{shown(path)}: {words}", flush=True)
             advance()
+    finish()
     if failed:
         raise typer.Exit(1)

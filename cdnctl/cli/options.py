@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -19,6 +19,9 @@ from cdnctl.errors import UsageError
 from cdnctl.headers import bundled, classes
 from cdnctl.units import PEAK
 
+if TYPE_CHECKING:
+    from cdnctl.restore.samples import Range
+
 Device = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
 ]
@@ -27,6 +30,38 @@ Threads = Annotated[
 ]
 SigmaOption = Annotated[
     str, typer.Option("--sigma", help="Noise level on the 0..255 scale, or auto: estimate it.")
+]
+NoiseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--noise",
+        metavar="KIND",
+        help="What the noise is like: auto (measured), white (of one level), camera (not white, "
+        "even where it looks so), or a profile that noise --save wrote.",
+    ),
+]
+StrengthOption = Annotated[
+    str,
+    typer.Option(
+        "--strength",
+        metavar="LUMA,CHROMA",
+        help="0: the input, 1: fully denoised; one number, or one for luma and one for colour.",
+    ),
+]
+MaskOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--mask", help="A picture of the same size: white is denoised, black left to the bit."
+    ),
+]
+SheetOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--sheet",
+        metavar="FILE.png",
+        help="Write crops of shadows, lights and texture at full size, one column for each of "
+        "--sigma 5,10,20, and nothing else.",
+    ),
 ]
 ClassOption = Annotated[
     str,
@@ -50,7 +85,9 @@ MaxMegapixels = Annotated[
 RangeOption = Annotated[
     str | None,
     typer.Option(
-        "--range", help="Black and white of float pictures, such as 0:255 (default: 0:1)."
+        "--range",
+        help="Black and white: 0:255 for floats, 0:4095 for 12 bits in 16, or percentiles of the "
+        "picture, p0.1:p99.9. Results are in the same counts.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]
@@ -89,6 +126,25 @@ def parse_sigma(text: str) -> float | None:
     if not 0 <= value <= PEAK:
         raise UsageError(f"sigma is {text}, but must lie between 0 and 255")
     return value / PEAK
+
+
+def parse_sigmas(text: str) -> list[float | None]:
+    """One or more noise levels of `parse_sigma`, comma-separated."""
+    return [parse_sigma(part.strip()) for part in text.split(",")]
+
+
+def parse_strength(text: str) -> float | tuple[float, float]:
+    """How much of a change is wanted: one number, or luma's and chroma's."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not 1 <= len(values) <= 2 or not all(0 <= value <= 1 for value in values):
+        raise UsageError(
+            f"--strength is {text!r}, but must be a number from 0 to 1, or one for luma and one "
+            "for chroma, such as 0.5,1"
+        )
+    return values[0] if len(set(values)) == 1 else (values[0], values[1])
 
 
 def parse_levels(text: str) -> list[float]:
@@ -148,17 +204,27 @@ def class_names(target: str | dict[str, float] | None) -> list[str]:
     return list(target) if isinstance(target, dict) else []
 
 
-def parse_range(text: str | None) -> tuple[float, float] | None:
-    """Black and white of float samples, such as 0:255."""
+def parse_range(text: str | None) -> Range | None:
+    """Black and white, such as 0:4095, or percentiles of a picture, such as p0.1:p99.9."""
     if text is None:
         return None
+    parts = text.split(":")
+    as_percentiles = all(part.startswith("p") for part in parts)
     try:
-        black, white = (float(part) for part in text.split(":"))
+        black, white = (float(part.removeprefix("p") if as_percentiles else part) for part in parts)
     except ValueError:
         black = white = math.nan
     if not (math.isfinite(black) and math.isfinite(white) and black < white):
-        raise UsageError(f"--range is {text!r}, but must be black and white, such as 0:255")
-    return black, white
+        raise UsageError(
+            f"--range is {text!r}, but must be black and white, such as 0:255 or p0.1:p99.9"
+        )
+    if not as_percentiles:
+        return black, white
+    if not 0 <= black < white <= 100:
+        raise UsageError(f"--range is {text!r}, but percentiles lie between p0 and p100")
+    from cdnctl.restore import Percentiles
+
+    return Percentiles(black, white)
 
 
 def parse_size(text: str) -> int:

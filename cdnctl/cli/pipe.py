@@ -32,7 +32,7 @@ def pipe(
     """One picture from standard input and/or to standard output."""
     from cdnctl import images
     from cdnctl.errors import ImageError
-    from cdnctl.restore import on_own_scale, on_unit_scale, restore
+    from cdnctl.restore import black_and_white, on_own_scale, on_unit_scale, restore
     from cdnctl.restore.plan import check_suffix
 
     if len(inputs) != 1 or output is None:
@@ -46,13 +46,14 @@ def pipe(
     if source == STDIO and sys.stdin is None:
         raise UsageError("- reads standard input, but that is closed: pipe a picture in")
     image = images.read(sys.stdin.buffer if source == STDIO else source, max_pixels)
-    image = on_unit_scale(image, settings.range, str(source))
+    ends, dtype = black_and_white(image, settings.range, str(source)), image.dtype
+    image = on_unit_scale(image, ends, str(source))
     started = time.monotonic()
     with progress(1, printer.quiet, printer.as_json) as advance:
         chosen = models.pick(*image.samples.shape[:2])
         restored = restore(image, chosen, settings, advance.within)
     seconds = time.monotonic() - started
-    result = on_own_scale(restored.image, settings.range)
+    result = on_own_scale(restored.image, ends, dtype)
     result = replace(result, metadata=images.Metadata()) if strip else result
     if output != STDIO:
         suffix = output.suffix.lower()

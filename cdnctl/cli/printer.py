@@ -51,6 +51,7 @@ class Printer:
                 "output": str(output),
                 "sigma": round(level, 3),
                 "sigma_estimated": self.estimated,
+                "noise": None if restored.noise is None else restored.noise.record(),
                 "model": model.name,
                 "weights": model.hash,
                 "class_change": change,
@@ -64,6 +65,8 @@ class Printer:
             how = "estimated" if self.estimated else "given"
             where = f"{shown(source)} -> {shown(output)}"
             parts = [where, f"sigma {level:.1f} ({how})", f"model {model.name}"]
+            if restored.noise is not None and not restored.noise.is_white:
+                parts.insert(1, restored.noise.summary())
             if best is not None and (best[1] >= 0.5 or self.target == "auto"):
                 parts.append(f"most probable class {best[0]} ({best[1]:.0%})")
             if change is not None:

@@ -10,11 +10,12 @@ Who imports whom, each only what stands above it:
 
 - ``samples`` (black, white, gray), ``noise`` (a model of noise), ``tiles``, ``scale``, and
   ``manifest`` (what was done): these import nothing of this room;
-- ``measuring`` (what noise a picture holds), ``levels`` (how strong it is: told, or measured);
+- ``measuring`` (what noise a picture holds), ``levels`` (how strong it is: told, or measured),
+  ``profiles`` (what several pictures have in common);
 - ``view`` (a picture as the network sees it, within a budget of memory), ``stack`` (small ones
   together);
-- ``settings``, ``classes`` (what a picture shows), ``operation`` (what can be done to pictures);
-- ``denoise``, the first operation;
+- ``masks``, ``settings``, ``classes`` (what a picture shows), ``operation`` (what can be done to pictures);
+- ``denoise``, the first operation; ``preview`` (parts to judge settings by);
 - ``plan`` (which file goes where) and ``batch`` (many files), which know nothing of denoising.
 
 The names of the Python API are here; what is for many files is in ``plan`` and ``batch``.
@@ -32,8 +33,10 @@ from cdnctl.restore.classes import (
 )
 from cdnctl.restore.denoise import Denoise, Restored, moved, restore, restore_batch, whole_place
 from cdnctl.restore.levels import Level, estimate_sigma, noise_level
+from cdnctl.restore.masks import Mask
+from cdnctl.restore.noise import Noise
 from cdnctl.restore.operation import Operation, Result
-from cdnctl.restore.samples import on_own_scale, on_unit_scale
+from cdnctl.restore.samples import Percentiles, black_and_white, on_own_scale, on_unit_scale
 from cdnctl.restore.settings import Settings
 from cdnctl.restore.stack import Stack, batch_size
 from cdnctl.restore.view import (
@@ -50,8 +53,11 @@ __all__ = [
     "Classified",
     "Denoise",
     "Level",
+    "Mask",
+    "Noise",
     "Operation",
     "OutOfMemory",
+    "Percentiles",
     "Restored",
     "Result",
     "Settings",
@@ -59,6 +65,7 @@ __all__ = [
     "View",
     "at_class_scale",
     "batch_size",
+    "black_and_white",
     "check_channels",
     "choose_class",
     "class_change",

@@ -99,7 +99,13 @@ def class_change(view: View, logits: Tensor, settings: Settings) -> float:
     results = tiles.run(lambda y: view.correct(y, shift), view.read, [middle], view.model.device)
     ((rows, columns), change), *_ = results
     inside = change[:, : view.height - rows.start, : view.width - columns.start]
-    return settings.strength * rms(inside)
+    return rms(weighed(inside, settings))
+
+
+def weighed(change: Tensor, settings: Settings) -> Tensor:
+    """A change (B, C, H, W) as strong as the settings say for luma and for chroma."""
+    luma, chroma = settings.strengths
+    return chroma * change + (luma - chroma) * change.mean(1, keepdim=True)
 
 
 def class_shift(model: Model, settings: Settings, logits: Tensor) -> Tensor:

@@ -26,10 +26,18 @@ from cdnctl.restore.classes import (
     class_shift,
     ranked,
     rms,
+    weighed,
 )
 from cdnctl.restore.levels import Level, noise_level
+from cdnctl.restore.noise import Noise
 from cdnctl.restore.operation import Result
-from cdnctl.restore.samples import is_bilevel, on_own_scale, on_unit_scale, sample_step
+from cdnctl.restore.samples import (
+    black_and_white,
+    is_bilevel,
+    on_own_scale,
+    on_unit_scale,
+    sample_step,
+)
 from cdnctl.restore.settings import Settings
 from cdnctl.restore.stack import Stack, batch_size
 from cdnctl.restore.view import View, in_tiles_that_fit, memory_errors
@@ -50,10 +58,16 @@ class Restored(Result):
     posterior: Mapping[str, float]  # p(c | picture), most probable class first
     held: float = 0.0  # share of the pixels where the model was held back, see core.guard
     class_change: float | None = None  # see the function of that name; None: no class was told
+    noise: Noise | None = None  # what was measured; None: the level was told, or too little to tell
 
     def __repr__(self) -> str:
         best = [f"{name} {p:.1%}" for name, p in list(self.posterior.items())[:1]]
         return f"Restored({', '.join([repr(self.image), f'sigma {self.sigma:.4g}', *best])})"
+
+
+def measured(image: Image, settings: Settings) -> Level:
+    """The noise of a picture, as far as the settings do not tell it."""
+    return noise_level(image, sigma=settings.sigma, kind=settings.noise)
 
 
 def _left_alone(image: Image, model: Model) -> Restored:
@@ -75,16 +89,16 @@ def restore(
     done, now and then. ImageError if memory does not suffice; without a ``settings.tile``
     smaller tiles are tried first.
     """
-    _check_model(model, settings)
+    check(model, settings, [image])
     if batch_size(*image.samples.shape[:2]) > 1:
         return restore_batch([image], model, settings, None if level is None else [level])[0]
     if is_bilevel(image.samples):
         return _left_alone(image, model)
-    level = level or noise_level(image, sigma=settings.sigma)
+    level = level or measured(image, settings)
 
     def blended(view: View) -> tuple[Settings, Tensor | None, np.ndarray]:
         chosen, scores = choose_class(view, settings)
-        return chosen, scores, _blend(image, view, chosen)
+        return chosen, scores, blend(image, view, chosen)
 
     view = View(model, image.samples, level, settings.tile, memory=settings.memory, watch=watch)
     view, (chosen, scores, samples) = in_tiles_that_fit(view, blended)
@@ -97,7 +111,7 @@ def restore(
         with memory_errors(view):
             change = class_change(view, logits, chosen)
     result = _noted(image.with_samples(samples), level, held, settings.sigma is not None)
-    return Restored(result, model, view.sigma, view.told, found, held, change)
+    return Restored(result, model, view.sigma, view.told, found, held, change, level.noise)
 
 
 def _noted(image: Image, level: Level, held: float, told: bool) -> Image:
@@ -116,13 +130,13 @@ def _noted(image: Image, level: Level, held: float, told: bool) -> Image:
     return replace(image, notes=(*image.notes, *notes)) if notes else image
 
 
-def _blend(image: Image, view: View, settings: Settings) -> np.ndarray:
+def blend(image: Image, view: View, settings: Settings) -> np.ndarray:
     """Samples of the restored picture."""
     choose = partial(class_mixture, view.model, settings) if settings.target else None
     places, _ = view.stream(choose)
     result = np.empty_like(image.samples)
     for place, correction in places:
-        result[place] = _step(image.samples, place, correction, view.sigma, settings.strength)
+        result[place] = _step(image.samples, place, correction, view.sigma, settings)
     return result
 
 
@@ -131,10 +145,12 @@ def moved(
     place: tiles.Box,
     correction: np.ndarray,
     sigma: float,
-    strength: float = 1.0,
+    strengths: tuple[float, float] = (1.0, 1.0),
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """A place of samples (H, W, C) of any dtype, moved along its correction (h, w, C) as far as
-    ``strength`` says: float32 in [0, 1] pixel units, not clipped.
+    ``strengths`` say for luma and for chroma, see `core.coloured.AXES`; gray has luma alone.
+    weights: of each pixel, (h, w). float32 in [0, 1] pixel units, not clipped.
 
     Whole numbers hold clipped noise, whose effect on blacks and whites is undone.
     """
@@ -150,16 +166,31 @@ def moved(
         # What was held back altogether is no mean of anything.
         changed = (correction != 0).any(-1, keepdims=True)
         x = np.where(changed, unclipped(x, sigma, (low[inside], high[inside]), step), y)
-    return y + np.float32(strength) * (x - y)
+    luma, chroma = (np.float32(part) for part in strengths)
+    change = x - y if weights is None else weights[..., None] * (x - y)
+    if luma == chroma or change.shape[-1] == 1:
+        return y + luma * change
+    # The mean over channels is what lies on the axis of luma; both axes of chroma hold the rest.
+    return y + (chroma * change + (luma - chroma) * change.mean(-1, keepdims=True))
 
 
 def _step(
-    samples: np.ndarray, place: tiles.Box, correction: np.ndarray, sigma: float, strength: float
+    samples: np.ndarray,
+    place: tiles.Box,
+    correction: np.ndarray,
+    sigma: float,
+    settings: Settings,
 ) -> np.ndarray:
     """What `moved` gives, in the dtype of the samples."""
-    if strength == 0:
+    if not any(settings.strengths):
         return samples[place]
-    return images.from_unit(moved(samples, place, correction, sigma, strength), samples.dtype)
+    weights = None if settings.mask is None else settings.mask.weights[place]
+    values = moved(samples, place, correction, sigma, settings.strengths, weights)
+    result = images.from_unit(values, samples.dtype)
+    if weights is None:
+        return result
+    # Numbers of 32 bits and more would not come back as they were.
+    return np.where(weights[..., None] == 0, samples[place], result)
 
 
 def whole_place(samples: np.ndarray) -> tiles.Box:
@@ -178,13 +209,16 @@ def _with_halo(place: tiles.Box, size: tuple[int, ...]) -> tuple[tiles.Box, tile
     return (around[0], around[1]), (inside[0], inside[1])
 
 
-def _check_model(model: Model, settings: Settings) -> None:
-    """UsageError for what the model cannot do."""
+def check(model: Model, settings: Settings, pictures: Sequence[Image]) -> None:
+    """UsageError for what the model cannot do, ImageError if pictures do not fit the mask."""
     model.corrector()
     if settings.target is not None and not isinstance(model.module, HasPosterior):
         raise UsageError(
             f"model {model.name!r} ({model.header.arch}) knows no classes: leave --class out"
         )
+    if settings.mask is not None:
+        for picture in pictures:
+            settings.mask.check(picture.samples)
 
 
 @torch.no_grad()
@@ -198,8 +232,8 @@ def restore_batch(
 
     At most `batch_size` of them. levels: of their noise, if it was measured before.
     """
-    _check_model(model, settings)
-    levels = levels or [noise_level(picture, sigma=settings.sigma) for picture in pictures]
+    check(model, settings, pictures)
+    levels = levels or [measured(picture, settings) for picture in pictures]
     views = [View(model, p.samples, level) for p, level in zip(pictures, levels, strict=True)]
     stack = Stack(views)
     changes: list[float | None] = [None] * len(views)
@@ -215,19 +249,21 @@ def restore_batch(
         steps = stack.solve(partial(of_each, class_mixture) if settings.target else None)
         if settings.target is not None:
             shifts = of_each(class_shift, stack.logits)
-            changes = [settings.strength * rms(part) for part in stack.corrections(shifts)]
+            changes = [rms(weighed(part, settings)) for part in stack.corrections(shifts)]
     everything = whole_place(views[0].pixels)
     results = []
     for i, (picture, view) in enumerate(zip(pictures, views, strict=True)):
         if is_bilevel(picture.samples):
             results.append(_left_alone(picture, model))
             continue
-        samples = _step(picture.samples, everything, steps[i], view.sigma, settings.strength)
+        samples = _step(picture.samples, everything, steps[i], view.sigma, settings)
         image = picture.with_samples(samples)
         image = _noted(image, view.level, view.held, settings.sigma is not None)
         scores = choices[i][1]
         found = ranked(model, stack.logits[i] if scores is None else scores)
-        results.append(Restored(image, model, view.sigma, view.told, found, view.held, changes[i]))
+        told, noise = view.told, view.level.noise
+        found_in = Restored(image, model, view.sigma, told, found, view.held, changes[i], noise)
+        results.append(found_in)
     return results
 
 
@@ -237,6 +273,8 @@ class _Ready:
 
     image: Image
     level: Level
+    ends: tuple[float, float] | None  # see `black_and_white`
+    dtype: np.dtype[Any]  # that it came with
 
 
 @dataclass(frozen=True)
@@ -249,8 +287,10 @@ class Denoise:
     @property
     def parameters(self) -> dict[str, Any]:
         """See `Operation`; the noise level is on the scale of 0..255, as people tell it."""
-        values = asdict(self.settings)
+        mask = self.settings.mask
+        values = asdict(replace(self.settings, mask=None))
         del values["memory"]
+        values["mask"] = None if mask is None else mask.digest
         if self.settings.sigma is not None:
             values["sigma"] = round(images.PEAK * self.settings.sigma, 6)
         parameters: dict[str, Any] = json.loads(json.dumps(values))
@@ -258,8 +298,12 @@ class Denoise:
 
     def prepare(self, image: Image, name: str) -> _Ready:
         """The picture with its noise measured."""
-        image = on_unit_scale(image, self.settings.range, name)
-        return _Ready(image, noise_level(image, sigma=self.settings.sigma))
+        ends, dtype = black_and_white(image, self.settings.range, name), image.dtype
+        image = on_unit_scale(image, ends, name)
+        try:
+            return _Ready(image, measured(image, self.settings), ends, dtype)
+        except ImageError as error:
+            raise ImageError(f"{name!r}: {error}") from None
 
     def together(self, height: int, width: int) -> int:
         """As many as fill up a batch."""
@@ -274,8 +318,10 @@ class Denoise:
             found = restore_batch(pictures, model, self.settings, levels)
         else:
             found = [restore(ready[0].image, model, self.settings, watch, ready[0].level)]
-        scale = self.settings.range
-        return [replace(result, image=on_own_scale(result.image, scale)) for result in found]
+        return [
+            replace(result, image=on_own_scale(result.image, one.ends, one.dtype))
+            for one, result in zip(ready, found, strict=True)
+        ]
 
     def record(self, result: Restored) -> dict[str, Any]:
         """What was found; the noise level is on the scale of 0..255."""
@@ -285,4 +331,5 @@ class Denoise:
             "class_asked": "none" if target is None else target,
             "most_probable_class": next(iter(result.posterior), None),
             "held": round(result.held, 6),
+            "noise": None if result.noise is None else result.noise.record(),
         }

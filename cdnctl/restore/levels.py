@@ -8,10 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cdnctl import images
+from cdnctl.errors import ImageError
 from cdnctl.images import Image
 from cdnctl.restore.measuring import measure, sampled
 from cdnctl.restore.noise import Noise
 from cdnctl.restore.samples import is_gray
+
+AUTO, WHITE, CAMERA = KINDS = ("auto", "white", "camera")
+"""What is known of noise: nothing; that it is white and of one level; that it is not."""
+Kind = str | Noise
 
 MEASURABLE = 64  # shorter side of a picture from which its noise is told apart from texture
 
@@ -45,22 +50,31 @@ def estimate_sigma(pixels: np.ndarray, alpha: np.ndarray | None = None) -> float
 
 
 def noise_level(
-    picture: Image | np.ndarray, alpha: np.ndarray | None = None, sigma: float | None = None
+    picture: Image | np.ndarray,
+    alpha: np.ndarray | None = None,
+    sigma: float | None = None,
+    kind: Kind = AUTO,
 ) -> Level:
     """The noise of a picture: as told by ``sigma``, or measured, see `measuring.measure`.
 
     picture: an Image, or samples (H, W, C) of any dtype. What alpha (H, W), or that of the
     Image, hides has no say. Pictures too small for that, or with too little in them that is not
-    clipped, are judged by `estimate_sigma`.
+    clipped, are judged by `estimate_sigma`. kind: what is known of the noise, see `KINDS`, or a
+    profile, which stands for measuring; ImageError if it does not go with the picture.
     """
     if sigma is not None:
         return Level(sigma)
     samples, alpha = (
         (picture.samples, picture.alpha) if isinstance(picture, Image) else (picture, alpha)
     )
+    if isinstance(kind, Noise):
+        return _by_profile(samples, kind)
     if min(samples.shape[:2]) >= MEASURABLE:
         part = sampled(samples[:, :, :1] if is_gray(samples) else samples)
-        noise = measure(images.to_unit(part), None if alpha is None else sampled(alpha))
+        hidden = None if alpha is None else sampled(alpha)
+        noise = measure(images.to_unit(part), hidden, camera=kind == CAMERA)
+        if kind == WHITE:
+            noise = replace(noise.whitened, confidence=noise.confidence)
         if noise.told > 0 and samples.dtype.kind == "u" and _few_values(samples, noise.told):
             noise = replace(noise, confidence=0.0)
         if noise.measured:
@@ -68,6 +82,18 @@ def noise_level(
     sigma = estimate_sigma(samples, alpha)
     inks = samples.dtype.kind == "u" and _few_values(samples, sigma)
     return Level(0.0 if inks else sigma)
+
+
+def _by_profile(samples: np.ndarray, profile: Noise) -> Level:
+    gray = is_gray(samples)
+    if gray != (len(profile.levels) == 1):
+        one, other = ("gray", "colour") if gray else ("colour", "gray")
+        raise ImageError(
+            f"this picture is {one}, but the noise profile is of {other} pictures: make one with "
+            f"cdnctl noise FOLDER --save, of {one} pictures"
+        )
+    noise = profile.within(images.to_unit(sampled(samples)).mean(2))
+    return Level(noise.safe, noise)
 
 
 def _few_values(samples: np.ndarray, sigma: float) -> bool:

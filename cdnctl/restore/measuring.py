@@ -143,9 +143,10 @@ def _emptied(pixels: Array) -> float:
     return share(luma) - share(luma[half:, half:])
 
 
-def measure(pixels: Array, alpha: Array | None = None) -> Noise:
+def measure(pixels: Array, alpha: Array | None = None, camera: bool = False) -> Noise:
     """The noise of a picture (H, W, 1 or 3) in [0, 1]; alpha: (H, W), 0 where it is hidden.
 
+    camera: it is known not to be white, and is not taken for white noise where it looks so.
     Large pictures are judged by a sample of them. Confidence is 0 for pictures too small to tell.
     """
     y = np.asarray(sampled(pixels), np.float32)
@@ -171,7 +172,7 @@ def measure(pixels: Array, alpha: Array | None = None) -> Noise:
     if not found:
         nothing = ((0.0,) * OCTAVES,) * channels
         return Noise((0.0, 1.0), (1.0, 1.0), nothing, 0.0, measured=False)
-    model = _model(found, channels, emptied)
+    model = _model(found, channels, emptied, camera)
     return replace(model, confidence=0.0) if pattern else model
 
 
@@ -187,7 +188,7 @@ def _is_pattern(pixels: Array) -> bool:
     return bool(strong and np.exp(np.log(power).mean()) < 0.15 * power.mean())
 
 
-def _model(found: Sequence[_Octave], channels: int, emptied: float) -> Noise:
+def _model(found: Sequence[_Octave], channels: int, emptied: float, camera: bool) -> Noise:
     scale = np.sqrt(channels)
     sets = [
         (part.tones / scale, np.log(np.maximum(part.variances[:, c], 1e-10)) + 2 * j * np.log(2))
@@ -201,7 +202,7 @@ def _model(found: Sequence[_Octave], channels: int, emptied: float) -> Noise:
         (float(np.median(part.slopes[:, 0])), above[j * channels]) for j, part in enumerate(found)
     ]
     confidence, growth = _confidence(texture, levels[0], emptied)
-    white = _white(levels)
+    white = None if camera else _white(levels)
     if white is not None:
         levels[:] = white
         confidence = confidence if channels == 1 else 1.0

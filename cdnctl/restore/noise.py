@@ -7,7 +7,7 @@ has the same level on each. Levels are standard deviations in [0, 1] pixel units
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,23 @@ class Noise:
         return self.confidence * self.told
 
     @property
+    def whitened(self) -> Noise:
+        """White noise of the level that is told of it."""
+        return Noise.white(self.told, len(self.levels))
+
+    def within(self, tones: Array) -> Noise:
+        """The same noise in a picture of other tones, an array in [0, 1]: no tone has another
+        level than before, but ``shape`` and ``levels`` are relative to this picture."""
+        scale = float(np.sqrt(np.mean(self.curve(tones) ** 2)))
+        if scale == 0:
+            return self
+        return replace(
+            self,
+            shape=tuple(s / scale for s in self.shape),
+            levels=tuple(tuple(level * scale for level in row) for row in self.levels),
+        )
+
+    @property
     def camera(self) -> bool:
         """Whether it is noise, of colour pictures, that differs from white noise of one level."""
         uneven = max(self.shape) > 1.05 * min(self.shape)
@@ -115,11 +132,15 @@ class Noise:
             return f"white noise, sigma {PEAK * self.sigma:.3g}{unsure}"
         words = [
             f"sigma {dark:.2g} in shadows to {light:.2g} in lights",
-            f"grain {self.grain:.1f} px",
+            f"grain {self.grain:.2g} px",
         ]
         if len(self.levels) > 1:
-            words.append(f"chroma {self.chroma:.1f} x luma")
+            words.append(f"chroma {self.chroma:.2g} x luma")
         return "camera noise: " + ", ".join(words) + unsure
+
+    def record(self) -> dict[str, Any]:
+        """For programs: the model, and what is told by it, as JSON has it."""
+        return asdict(self) | {"grain": self.grain, "chroma": self.chroma}
 
     def to_json(self) -> str:
         """As a JSON object."""

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
 
 from cdnctl import images
 from cdnctl.errors import ImageError
 from cdnctl.images import Image
 
+FILLED = 0.1  # share of its range below which it is asked whether a picture can hold so much
 
-def on_unit_scale(image: Image, scale: tuple[float, float] | None, name: str) -> Image:
-    """The picture of that name with float samples from black at 0 to white at 1.
 
-    scale: what is black and white. ImageError if it is given for samples that are no floats or
-    do not go with it, or is not for floats that are mostly beyond white.
-    """
+@dataclass(frozen=True)
+class Percentiles:
+    """Black and white of a picture as percentiles of its samples."""
+
+    low: float
+    high: float
+
+
+Range = tuple[float, float] | Percentiles
+
+
+def black_and_white(image: Image, scale: Range | None, name: str) -> tuple[float, float] | None:
+    """What is black and white in the picture of that name; percentiles are taken of what alpha
+    does not hide. ImageError if they are one value."""
+    if not isinstance(scale, Percentiles):
+        return scale
+    samples = image.samples if image.alpha is None else image.samples[image.alpha > 0]
+    black, white = np.percentile(samples, [scale.low, scale.high]) if samples.size else (0, 0)
+    if not black < white:
+        raise ImageError(
+            f"{name!r}: percentiles {scale.low:g} and {scale.high:g} of its samples are both "
+            f"{black:g}: say what is black and white, such as --range 0:4095"
+        )
+    return float(black), float(white)
+
+
+def on_unit_scale(image: Image, scale: Range | None, name: str) -> Image:
+    """The picture of that name from black at 0 to white at 1, as floats if ``scale`` says what
+    that is. ImageError if it does not go with the samples, or none is given for floats that are
+    mostly beyond white."""
     floats = image.dtype.kind == "f"
     low, high = float(image.samples.min()), float(image.samples.max())
     if scale is None:
@@ -23,28 +52,48 @@ def on_unit_scale(image: Image, scale: tuple[float, float] | None, name: str) ->
                 f"{name!r}: most float samples are above 1, which is white, and reach {high:.6g}: "
                 "say what is black and white, such as --range 0:255"
             )
-        return image
-    if not floats:
-        raise ImageError(
-            f"{name!r}: --range is for float samples, but these are {image.dtype.name}, whose "
-            "range is known"
-        )
-    black, white = scale
+        return _questioned(image, low, high)
+    ends = black_and_white(image, scale, name)
+    assert ends is not None
+    black, white = ends
     if high - low < 0.02 * (white - black):
         raise ImageError(
             f"{name!r}: its samples go from {low:.6g} to {high:.6g}, next to nothing of the range "
-            f"from {black:g} to {white:g}: give another --range, or none for 0:1"
+            f"from {black:g} to {white:g}: give another --range, or none"
         )
-    return image.with_samples(((image.samples - black) / (white - black)).astype(image.dtype))
+    # float32 has room for 16 bits, not for 32.
+    wide = np.float64 if image.dtype.itemsize > 2 else np.float32
+    dtype = image.dtype if floats else np.dtype(wide)
+    samples = ((image.samples.astype(np.float64) - black) / (white - black)).astype(dtype)
+    return replace(image, samples=samples)
 
 
-def on_own_scale(image: Image, scale: tuple[float, float] | None) -> Image:
-    """The inverse of `on_unit_scale`, for a picture made from its result."""
-    if scale is None:
+def _questioned(image: Image, low: float, high: float) -> Image:
+    """A picture with a note, if it fills so little of its range that this may be another."""
+    whole = image.dtype.kind == "u"
+    full = float(np.iinfo(image.dtype).max) if whole else 1.0
+    # What 8 bits hold is no count of anything.
+    if full == images.PEAK or high <= low or high - low >= FILLED * full:
         return image
-    black, white = scale
-    samples = image.samples * (white - black) + black
-    return image.with_samples(samples.astype(image.dtype))
+    likely = 2 ** int(high).bit_length() - 1 if whole else high
+    note = (
+        f"its samples go from {low:.6g} to {high:.6g} of {full:g}: if they can reach no more, say "
+        f"so, such as --range 0:{likely:.6g}"
+    )
+    return replace(image, notes=(*image.notes, note))
+
+
+def on_own_scale(image: Image, ends: tuple[float, float] | None, dtype: np.dtype[Any]) -> Image:
+    """The inverse of `on_unit_scale`, for a picture made from its result. ends: see
+    `black_and_white`.
+    dtype: what it had; whole numbers are rounded, and clipped to what it holds."""
+    if ends is None:
+        return image
+    black, white = ends
+    samples = image.samples.astype(np.float64) * (white - black) + black
+    if dtype.kind == "u":
+        samples = np.rint(np.clip(samples, 0, np.iinfo(dtype).max))
+    return replace(image, samples=samples.astype(dtype))
 
 
 def is_gray(pixels: np.ndarray) -> bool:
