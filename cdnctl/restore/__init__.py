@@ -14,7 +14,8 @@ Who imports whom, each only what stands above it:
   ``profiles`` (what several pictures have in common);
 - ``view`` (a picture as the network sees it, within a budget of memory), ``stack`` (small ones
   together);
-- ``masks``, ``settings``, ``classes`` (what a picture shows), ``operation`` (what can be done to pictures);
+- ``masks``, ``settings``, ``classes`` (what a picture shows), ``operation`` (what can be done to
+  pictures);
 - ``denoise``, the first operation; ``preview`` (parts to judge settings by);
 - ``plan`` (which file goes where) and ``batch`` (many files), which know nothing of denoising.
 
