@@ -256,7 +256,7 @@ class Denoise:
         parameters: dict[str, Any] = json.loads(json.dumps(values))
         return parameters
 
-    def prepare(self, image: Image, name: str) -> _Ready:
+    def prepare(self, image: Image, name: str, data: bytes) -> _Ready:
         """The picture with its noise measured."""
         image = on_unit_scale(image, self.settings.range, name)
         return _Ready(image, noise_level(image, sigma=self.settings.sigma))
