@@ -5,12 +5,13 @@
     a file ──plan──▶ job ──batch──▶ many files, manifest
     Image  ──denoise──▶ Image: what its noise is (levels), as the network sees it (view),
                         what it shows (classes)
+    Image  ──repair──▶ Image: holes, scale and blur, by a model as the prior
 
 Imports point to the left: ``samples``, ``noise`` and ``measuring`` (what noise a picture holds),
 ``levels`` (how strong it is), ``tiles`` and ``scale`` (arithmetic of sizes), ``view`` (a picture
-as the network sees it), ``settings``, ``classes`` (what it shows), ``denoise``; beside these
-``plan`` (which file goes where) and ``manifest`` (what was done); ``batch`` (many files) above
-all.
+as the network sees it), ``settings``, ``classes`` (what it shows), ``denoise``; ``prior`` (a model
+as the denoiser of whole pictures), ``repair``; beside these ``plan`` (which file goes where) and
+``manifest`` (what was done); ``batch`` (many files) above all.
 
 The names of the Python API are here; what is for many files is in ``plan`` and ``batch``.
 """
@@ -28,6 +29,8 @@ from cdnctl.restore.classes import (
 from cdnctl.restore.denoise import Denoise, Restored, moved, restore, restore_batch, whole_place
 from cdnctl.restore.levels import Level, estimate_sigma, noise_level
 from cdnctl.restore.operation import Operation, Result
+from cdnctl.restore.repair import Deblur, Inpaint, Repair, Repaired, Upscale
+from cdnctl.restore.repair import Settings as RepairSettings
 from cdnctl.restore.samples import on_own_scale, on_unit_scale
 from cdnctl.restore.settings import Settings
 from cdnctl.restore.stack import Stack, batch_size
@@ -43,14 +46,20 @@ from cdnctl.restore.view import (
 
 __all__ = [
     "Classified",
+    "Deblur",
     "Denoise",
+    "Inpaint",
     "Level",
     "Operation",
     "OutOfMemory",
+    "Repair",
+    "RepairSettings",
+    "Repaired",
     "Restored",
     "Result",
     "Settings",
     "Stack",
+    "Upscale",
     "View",
     "at_class_scale",
     "batch_size",

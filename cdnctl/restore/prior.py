@@ -34,8 +34,8 @@ class Prior:
     classes, (K,), for E[x | y, c]; None: all. tile, memory: as of `View`. gradient: whether
     products with the Jacobian are wanted.
 
-    With a mixture and several tiles the class scores of the whole picture, which tiles must know,
-    are taken as constant in the Jacobian. ImageError where memory does not suffice.
+    Where tiles must know the class scores of the whole picture, these are taken as constant in
+    the Jacobian. ImageError where memory does not suffice.
     """
 
     def __init__(
