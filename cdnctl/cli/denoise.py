@@ -37,7 +37,7 @@ from cdnctl.cli.options import (
     parse_size,
     pixel_limit,
 )
-from cdnctl.cli.printer import DenoisePrinter
+from cdnctl.cli.printer import DenoisePrinter, JpegPrinter
 from cdnctl.cli.progress import progress
 from cdnctl.errors import UsageError
 
@@ -109,6 +109,16 @@ def denoise(
             f"--guidance {guidance:g} weighs what a class changes, but none is told: "
             "give --class as well"
         )
+    if jpeg:
+        unsuited = {
+            "--strength": strength != 1,
+            "--guidance": guidance is not None,
+            "--uncertainty": uncertainty is not None,
+            "--range": scale is not None,
+            "--class auto": isinstance(wanted, str),
+        }
+        for option in (o for o, is_given in unsuited.items() if is_given):
+            raise UsageError(f"{option} does not go with --jpeg: leave one of them out")
     files = Files(
         inputs,
         output_name,
@@ -124,7 +134,7 @@ def denoise(
     torch_device = start_torch(device, threads)
 
     from cdnctl.images import WRITE_SUFFIXES
-    from cdnctl.restore import Denoise, Settings
+    from cdnctl.restore import Deblock, Denoise, Settings
     from cdnctl.selection import Models
 
     settings = Settings(
@@ -137,6 +147,16 @@ def denoise(
         parse_range(scale),
     )
     models = Models(model, torch_device, class_names(wanted))
+    if jpeg:
+        compared = Beside(
+            "--compare",
+            compare,
+            WRITE_SUFFIXES,
+            lambda job, path, batch, _: _write_comparison(job, path, batch, None),
+        )
+        operation = Deblock(level, wanted if isinstance(wanted, dict) else None, tile, budget)
+        restore_files(files, operation, models, JpegPrinter(as_json, quiet), [compared])
+        return
     printer = DenoisePrinter(settings, as_json, quiet)
 
     def write_uncertainty(job: Job, path: Path, batch: Batch[Restored], result: Restored) -> None:

@@ -13,7 +13,7 @@ from cdnctl.cli.common import report_error, shown, warn
 from cdnctl.units import PEAK
 
 if TYPE_CHECKING:
-    from cdnctl.restore import Restored, Result, Settings
+    from cdnctl.restore import Deblocked, Restored, Result, Settings
     from cdnctl.restore.batch import Done
     from cdnctl.restore.plan import Job
 
@@ -142,3 +142,18 @@ class DenoisePrinter(Printer["Restored"]):
             amount = f"{change:.2f}" if change >= 0.01 else "less than 0.01"
             parts.append(f"telling the class changed {amount} of 255 (rms)")
         return parts
+
+
+class JpegPrinter(Printer["Deblocked"]):
+    """Printer of what is found in JPEG files; all levels are of 0..255."""
+
+    def found(self, result: Deblocked) -> dict[str, Any]:
+        """See `Printer`."""
+        return {"sigma": round(result.sigma * PEAK, 3), "outside": round(result.outside, 4)}
+
+    def words(self, result: Deblocked) -> list[str]:
+        """See `Printer`."""
+        return [
+            f"error of the file's rounding {result.sigma * PEAK:.1f}",
+            f"model {result.model.name}",
+        ]

@@ -10,8 +10,8 @@
 Imports point to the left: ``samples``, ``noise`` and ``measuring`` (what noise a picture holds),
 ``levels`` (how strong it is), ``tiles`` and ``scale`` (arithmetic of sizes), ``view`` (a picture
 as the network sees it), ``settings``, ``classes`` (what it shows), ``denoise``; ``prior`` (a model
-as the denoiser of whole pictures), ``repair``; beside these ``plan`` (which file goes where) and
-``manifest`` (what was done); ``batch`` (many files) above all.
+as the denoiser of whole pictures), ``repair``, ``deblock`` (JPEG); beside these ``plan`` (which
+file goes where) and ``manifest`` (what was done); ``batch`` (many files) above all.
 
 The names of the Python API are here; what is for many files is in ``plan`` and ``batch``.
 """
@@ -26,6 +26,7 @@ from cdnctl.restore.classes import (
     most_probable,
     ranked,
 )
+from cdnctl.restore.deblock import Deblock, Deblocked
 from cdnctl.restore.denoise import Denoise, Restored, moved, restore, restore_batch, whole_place
 from cdnctl.restore.levels import Level, estimate_sigma, noise_level
 from cdnctl.restore.operation import Operation, Result
@@ -46,6 +47,8 @@ from cdnctl.restore.view import (
 
 __all__ = [
     "Classified",
+    "Deblock",
+    "Deblocked",
     "Deblur",
     "Denoise",
     "Inpaint",
