@@ -24,9 +24,11 @@ from cdnctl.restore.operation import Result
 from cdnctl.restore.prior import Prior
 from cdnctl.sampling import geometric, settle
 
-STEPS = 6
-# Of the error of the quantisation: the first noise level and the last.
-FIRST, LAST = 1.5, 0.5
+# On crops of photographs at qualities 10 and 40, 2 to 4 steps within these bounds gained as much
+# as 6; a first level of 0.6 gained 0.2 dB less, one of 1.5 half a dB less.
+STEPS = 3
+FIRST, LAST = 1.0, 0.5  # noise levels, in units of the error of the quantisation
+MEETINGS = 10  # at the end, of the box and of what is no blacker than black, nor whiter than white
 START = b"\xff\xd8\xff"  # of every JPEG file
 
 
@@ -102,6 +104,8 @@ class Deblock:
             first = min(FIRST * sigma, prior.highest)
             sigmas = geometric(first, first * LAST / FIRST, STEPS)
             y = settle(lambda t, s: box.project(prior(t, s)), y, sigmas, watch)
+            for _ in range(MEETINGS):
+                y = box.project(y.clamp(0, 1))
         if not y.isfinite().all():
             raise ImageError("the network gave numbers that are not finite; check --model")
         stored = images.from_unit(y[0].permute(1, 2, 0).cpu().numpy(), image.dtype)
