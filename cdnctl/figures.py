@@ -5,6 +5,7 @@ Pillow draws them with the font that it brings along: no window system, no plott
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -158,6 +159,29 @@ def contact_sheet(
     draw.text((gap, top + gap), _cut(caption, font, sheet.width - 2 * gap), INK, font)
     icc = first.metadata.icc if first.samples.shape[2] == 3 else None
     return Image(np.asarray(sheet), metadata=Metadata(icc=icc))
+
+
+def gallery(cells: Sequence[tuple[str, Image]], columns: int | None = None) -> Image:
+    """Pictures of one size with their names above, row by row; small ones are enlarged.
+
+    columns: of the sheet; None: as many as make it about as wide as high.
+    """
+    columns = columns or math.ceil(math.sqrt(len(cells)))
+    rows = math.ceil(len(cells) / columns)
+    height, width = cells[0][1].samples.shape[:2]
+    side = max(rows * height, columns * width)
+    scale = MOST / side if side > MOST else max(1, MOST // 2 // side)
+    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    font = _font(LEAST)
+    head, gap = _line(font) * 3 // 2, max(2, width // 40)
+    sheet = PIL.Image.new("RGB", (columns * (width + gap) - gap, rows * (height + head)), PAPER)
+    draw = PIL.ImageDraw.Draw(sheet)
+    for i, (name, image) in enumerate(cells):
+        left, top = i % columns * (width + gap), i // columns * (height + head)
+        draw.text((left + head // 8, top + head // 8), _cut(name, font, width), INK, font)
+        picture = from_unit(fitted(image, height, width), np.dtype(np.uint8))
+        sheet.paste(PIL.Image.fromarray(picture), (left, top + head))
+    return Image(np.asarray(sheet))
 
 
 def _rgb(image: Image) -> PIL.Image.Image:

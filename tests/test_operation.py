@@ -45,7 +45,7 @@ class Darken:
     def parameters(self) -> dict[str, Any]:
         return {"by": self.by}
 
-    def prepare(self, image: Image, name: str) -> Image:
+    def prepare(self, image: Image, name: str, data: bytes) -> Image:
         if image.samples.shape[2] == 1:
             raise ImageError(f"{name!r} is gray")
         return image

@@ -11,13 +11,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cdnctl.core.joint import Denoiser, per_sample
+from cdnctl.api import Model
+from cdnctl.core.joint import Denoiser, Joint, per_sample
 from cdnctl.core.linear import Jacobian, Map, eigenpairs, hutchinson
 from cdnctl.core.noise import add_noise
+from cdnctl.errors import UsageError
+from cdnctl.figures import gallery
+from cdnctl.images import Image, from_unit, to_unit
+from cdnctl.restore.prior import Prior
+from cdnctl.restore.samples import is_gray
 
+SIDE = 96  # pixels of a picture whose basis is shown: each pattern takes 10 to 20 passes
 GRAY = 0.5  # the origin of pictures here: a denoiser's shrinkage is towards it
 
 
@@ -82,6 +90,45 @@ def between_classes(means: Tensor, posterior: Tensor, sigma: float) -> tuple[Ten
     weighted = posterior.sqrt().view(-1, 1) * off.flatten(1) / sigma
     _, roots, vectors = torch.linalg.svd(weighted, full_matrices=False)
     return roots.square(), vectors.view(-1, *means.shape[1:])
+
+
+def explained(
+    image: Image, model: Model, sigma: float, count: int, label: str | None = None
+) -> tuple[Image, Basis]:
+    """The basis in which the middle of a picture, SIDE pixels wide at most, is restored, as a
+    contact sheet, and in numbers.
+
+    sigma: of its noise, in [0, 1] pixel units. label: a class, for E[x | y, c]; None: all.
+    UsageError for a sigma of 0 or more patterns than the picture has values.
+    """
+    if sigma <= 0:
+        raise UsageError("sigma is 0, and without noise nothing is taken out: give --sigma")
+    samples = image.samples[:, :, :1] if is_gray(image.samples) else image.samples
+    for axis in (0, 1):
+        start = max(0, (samples.shape[axis] - SIDE) // 2)
+        samples = samples.take(range(start, min(start + SIDE, samples.shape[axis])), axis)
+    height, width, channels = samples.shape
+    prior = Prior(model, (channels, height, width), model.mixture(label), gradient=True)
+    y = torch.from_numpy(to_unit(samples)).permute(2, 0, 1)[None].to(model.device)
+    found = basis(
+        lambda t: prior(t, sigma),
+        y,
+        count,
+        symmetric=isinstance(model.module, Joint),
+        generator=torch.Generator().manual_seed(0),
+    )
+    with torch.no_grad():
+        cells = [("the picture", _shown(y[0])), ("restored", _shown(prior(y, sigma)[0]))]
+    values = [*found.top.tolist(), *found.bottom.tolist()]
+    for value, vector in zip(values, [*found.top_vectors, *found.bottom_vectors], strict=True):
+        cells.append((f"kept {value:.3f}", _shown(GRAY + vector / (2 * vector.abs().max()))))
+    return gallery(cells), found
+
+
+def _shown(pixels: Tensor) -> Image:
+    """A picture (C, H, W)."""
+    array = pixels.permute(1, 2, 0).cpu().numpy()
+    return Image(from_unit(array, np.dtype(np.uint8)))
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,18 @@ from cdnctl.cli import (
     attack,
     bench,
     classify,
+    deblur,
     denoise,
     doctor,
     evaluate,
     explain,
     field,
+    inpaint,
     models,
     noise,
     ood,
     train,
+    upscale,
 )
 from cdnctl.cli.common import outlive_readers, report_error
 from cdnctl.errors import CdnctlError, SetupError, UsageError
@@ -54,7 +57,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 PANELS = {  # of the help, in its order: the modules whose commands it shows
-    "Restore": (denoise,),
+    "Restore": (denoise, inpaint, upscale, deblur),
     "Understand": (classify, explain, noise),
     "Measure": (evaluate, attack, ood, bench),
     "Models": (train, models, doctor),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdnctl.cli.common import NUMBERS, keep_existing, save_numbers, shown
-from cdnctl.cli.printer import STDIO, Printer
+from cdnctl.cli.printer import STDIO, DenoisePrinter
 from cdnctl.cli.progress import progress
 from cdnctl.errors import UsageError
 from cdnctl.units import PEAK
@@ -22,24 +22,8 @@ if TYPE_CHECKING:
     from cdnctl.selection import Models
 
 
-def check_beside(
-    option: str, path: Path, jobs: list[Job], suffixes: Collection[str], overwrite: bool
-) -> None:
-    """Refuse a file that an option cannot write beside the output of a single picture."""
-    from cdnctl.restore.plan import same_file
-
-    if len(jobs) != 1:
-        raise UsageError(f"{option} takes one picture, not {len(jobs)}")
-    if same_file(path, jobs[0].source) or same_file(path, jobs[0].output):
-        raise UsageError(f"{option} {str(path)!r} is the picture itself or its output")
-    if path.suffix.lower() not in suffixes:
-        known = ", ".join(sorted(suffixes))
-        raise UsageError(f"{option} {str(path)!r} must be a file of one of the kinds {known}")
-    keep_existing(path, overwrite)
-
-
 def write_uncertainty(
-    job: Job, path: Path, batch: Batch[Restored], settings: Settings, printer: Printer
+    job: Job, path: Path, batch: Batch[Restored], settings: Settings, printer: DenoisePrinter
 ) -> None:
     from cdnctl import images
     from cdnctl.analysis.uncertainty import drawn, posterior_std
@@ -50,14 +34,13 @@ def write_uncertainty(
     model = batch.models.pick(*image.samples.shape[:2])
     with progress(1, printer.quiet, printer.as_json):
         std, sigma = posterior_std(image, model, settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() in NUMBERS:
         save_numbers(std[..., 0], path, batch.overwrite)
     else:
         images.write(drawn(std[..., 0], sigma), path, overwrite=batch.overwrite)
 
 
-def write_comparison(job: Job, path: Path, batch: Batch[Restored], scale: Range | None) -> None:
+def write_comparison(job: Job, path: Path, batch: Batch[Any], scale: Range | None) -> None:
     """The input beside the output, both as they are in their files."""
     from cdnctl import images
     from cdnctl.figures import before_and_after
@@ -67,7 +50,6 @@ def write_comparison(job: Job, path: Path, batch: Batch[Restored], scale: Range 
     ends = black_and_white(before, scale, str(job.source))
     before = on_unit_scale(before, ends, str(job.source))
     after = on_unit_scale(after, ends, str(job.output))
-    path.parent.mkdir(parents=True, exist_ok=True)
     images.write(before_and_after(before, after), path, overwrite=batch.overwrite)
 
 
@@ -94,7 +76,7 @@ def write_sheet(
     models: Models,
     max_pixels: int,
     overwrite: bool,
-    printer: Printer,
+    printer: DenoisePrinter,
 ) -> None:
     """Telling crops of a picture beside what each level, None for measured, makes of them."""
     from cdnctl import images

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections import Counter
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdnctl.cli.beside import (
-    check_beside,
-    check_sheet,
-    write_comparison,
-    write_sheet,
-    write_uncertainty,
-)
-from cdnctl.cli.common import NUMBERS, report_error, start_torch
+from cdnctl.cli.beside import check_sheet, write_comparison, write_sheet, write_uncertainty
+from cdnctl.cli.common import NUMBERS, start_torch
+from cdnctl.cli.many import Beside, Files, restore_files
 from cdnctl.cli.options import (
     ClassOption,
     Device,
+    DryRun,
+    Inputs,
     Json,
     MaskOption,
     MaxMegapixels,
+    Memory,
     ModelOption,
     NoiseOption,
+    Output,
+    Overwrite,
     Quiet,
     RangeOption,
     Recursive,
+    Resume,
     SheetOption,
     SigmaOption,
+    SkipExisting,
     StrengthOption,
+    StripMetadata,
     Threads,
+    Tile,
     WithClasses,
     class_names,
     parse_class,
@@ -45,17 +44,13 @@ from cdnctl.cli.options import (
     parse_strength,
     pixel_limit,
 )
-from cdnctl.cli.pipe import pipe
-from cdnctl.cli.printer import STDIO, Printer
-from cdnctl.cli.progress import progress
+from cdnctl.cli.printer import DenoisePrinter, JpegPrinter
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from cdnctl.restore import Restored
-    from cdnctl.restore.batch import Batch, Done
+    from cdnctl.restore import Deblocked, Restored
+    from cdnctl.restore.batch import Batch
     from cdnctl.restore.plan import Job
-
-PIXELS_PER_FILE = 4096  # that take as long as opening, closing and naming files: for progress
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -64,19 +59,8 @@ def register(app: typer.Typer, panel: str) -> None:
 
 
 def denoise(
-    inputs: Annotated[
-        list[Path], typer.Argument(help="Pictures and folders; - for standard input.")
-    ],
-    output_name: Annotated[
-        str | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="PATH",
-            help="File or folder (new/ makes one); - for standard output, in the input's format "
-            "or as PNG.",
-        ),
-    ] = None,
+    inputs: Inputs,
+    output_name: Output = None,
     sigma: SigmaOption = "auto",
     noise: NoiseOption = None,
     target: ClassOption = "none",
@@ -102,32 +86,21 @@ def denoise(
     ] = None,
     mask: MaskOption = None,
     sheet: SheetOption = None,
-    recursive: Recursive = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace outputs that exist.")
-    ] = False,
-    resume: Annotated[
+    jpeg: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on with a folder: redo only what is missing or has changed."
+            "--jpeg",
+            help="Remove the blocks of JPEG files: never to what the file could not be made of.",
         ),
     ] = False,
-    skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Pass over inputs whose output exists.")
-    ] = False,
-    strip_metadata: Annotated[
-        bool, typer.Option("--strip-metadata", help="Leave out EXIF, ICC profile and text.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")
-    ] = False,
-    tile: Annotated[
-        int | None, typer.Option("--tile", min=1, help="Side of tiles in pixels.")
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", help="What the network may take, such as 500M or 2G."),
-    ] = None,
+    recursive: Recursive = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    skip_existing: SkipExisting = False,
+    strip_metadata: StripMetadata = False,
+    dry_run: DryRun = False,
+    tile: Tile = None,
+    memory: Memory = None,
     max_megapixels: MaxMegapixels = None,
     scale: RangeOption = None,
     device: Device = "auto",
@@ -153,24 +126,36 @@ def denoise(
             f"--sigma {sigma} tells the level and --noise {noise!r} how to measure it: "
             "leave one of them out"
         )
-    if skip_existing and (overwrite or resume):
-        other = "--overwrite" if overwrite else "--resume"
-        raise UsageError(f"{other} and --skip-existing exclude each other")
+    if jpeg:
+        unsuited = {
+            "--strength": strength != "1",
+            "--noise": noise is not None,
+            "--mask": mask is not None,
+            "--sheet": sheet is not None,
+            "--guidance": guidance is not None,
+            "--uncertainty": uncertainty is not None,
+            "--range": scale is not None,
+            "--class auto": isinstance(wanted, str),
+        }
+        for option in (o for o, is_given in unsuited.items() if is_given):
+            raise UsageError(f"{option} does not go with --jpeg: leave one of them out")
+    files = Files(
+        inputs,
+        output_name,
+        recursive,
+        overwrite,
+        resume,
+        skip_existing,
+        strip_metadata,
+        dry_run,
+        pixel_limit(max_megapixels),
+    )
     budget = None if memory is None else parse_size(memory)
-    max_pixels = pixel_limit(max_megapixels)
-    output = None if output_name is None else Path(output_name)
-    # A path does not keep a slash at its end.
-    into = (output_name or "").endswith((os.sep, os.altsep or os.sep))
     torch_device = start_torch(device, threads)
-    import torch
 
     from cdnctl import images
-    from cdnctl.restore import Denoise, Mask, Settings
-    from cdnctl.restore.batch import Batch
-    from cdnctl.restore.manifest import Manifest
-    from cdnctl.restore.plan import plan, same_file, share
+    from cdnctl.restore import Deblock, Denoise, Mask, Settings
     from cdnctl.restore.profiles import known_noise
-    from cdnctl.runtime import patient_barrier, process_group
     from cdnctl.selection import Models
 
     settings = Settings(
@@ -184,10 +169,19 @@ def denoise(
         known_noise(noise or "auto"),
     )
     models = Models(model, torch_device, class_names(wanted))
+    if jpeg:
+
+        def as_files(job: Job, path: Path, batch: Batch[Deblocked], result: Deblocked) -> None:
+            write_comparison(job, path, batch, None)
+
+        compared = Beside("--compare", compare, images.WRITE_SUFFIXES, as_files)
+        operation = Deblock(level, wanted if isinstance(wanted, dict) else None, tile, budget)
+        restore_files(files, operation, models, JpegPrinter(as_json, quiet), [compared])
+        return
     if mask is not None:
-        found = Mask.of(images.read(mask, max_pixels), str(mask))
+        found = Mask.of(images.read(mask, files.max_pixels), str(mask))
         settings = replace(settings, mask=found)
-    printer = Printer(settings, as_json, quiet)
+    printer = DenoisePrinter(settings, as_json, quiet)
     if sheet is not None:
         others = {
             "-o": output_name is not None,
@@ -198,153 +192,18 @@ def denoise(
             "--skip-existing": skip_existing,
         }
         check_sheet(inputs, sheet, [option for option, given in others.items() if given], overwrite)
-        source = inputs[0]
-        write_sheet(source, sheet, levels, settings, models, max_pixels, overwrite, printer)
+        source, most = inputs[0], files.max_pixels
+        write_sheet(source, sheet, levels, settings, models, most, overwrite, printer)
         return
-    if STDIO in inputs or output == STDIO:
-        given = {
-            "--uncertainty": uncertainty is not None,
-            "--compare": compare is not None,
-            "--dry-run": dry_run,
-            "--resume": resume,
-            "--skip-existing": skip_existing,
-        }
-        for option in (o for o, is_given in given.items() if is_given):
-            raise UsageError(f"{option} works with files, not with -")
-        if into:
-            raise UsageError(f"with - give a file, not the folder -o {output_name!r}")
-        pipe(inputs, output, models, settings, max_pixels, strip_metadata, overwrite, printer)
-        return
-    is_folder = output is not None and (len(inputs) > 1 or inputs[0].is_dir())
-    if resume and not is_folder:
-        raise UsageError("--resume goes on with a folder of pictures: give one, and -o FOLDER")
 
-    with process_group(torch.device("cpu")) as (rank, world), ExitStack() as stack:
-        wait_for_all = patient_barrier()
-        jobs = plan(inputs, output, recursive, into)
-        if uncertainty is not None:
-            check_beside("--uncertainty", uncertainty, jobs, NUMBERS | {".png"}, overwrite)
-        if compare is not None:
-            check_beside("--compare", compare, jobs, images.WRITE_SUFFIXES, overwrite)
-            if uncertainty is not None and same_file(compare, uncertainty):
-                raise UsageError(f"{str(compare)!r} is named twice: choose another file")
-        jobs, passed = share(
-            jobs,
-            output,
-            skip_existing=skip_existing,
-            replace=overwrite or resume,
-            rank=rank,
-            world=world,
-        )
-        batch = Batch(
-            models,
-            Denoise(settings),
-            strip_metadata,
-            overwrite=overwrite,
-            resume=resume,
-            skip_existing=skip_existing,
-            max_pixels=max_pixels,
-        )
-        if output is not None and is_folder:
-            batch = replace(batch, manifest=Manifest(output, rank, world))
-        if dry_run:
-            failed = _announce(batch, jobs, passed, printer)
-        else:
-            if batch.manifest is not None:
-                stack.enter_context(batch.manifest)
-            wait_for_all()  # no process writes before all have planned
-            failed = _report(batch, jobs, passed, printer)
-            if uncertainty is not None and jobs and not failed:
-                write_uncertainty(jobs[0], uncertainty, batch, settings, printer)
-            if compare is not None and jobs and not failed:
-                write_comparison(jobs[0], compare, batch, settings.range)
-            # torchrun ends the other processes when one has failed: not before they are done.
-            wait_for_all()
-    if failed:
-        alone = len(jobs) == 1 and batch.manifest is None
-        raise typer.Exit(failed[0].exit_code if alone else 1)
+    def uncertain(job: Job, path: Path, batch: Batch[Restored], result: Restored) -> None:
+        write_uncertainty(job, path, batch, settings, printer)
 
+    def compared_with(job: Job, path: Path, batch: Batch[Restored], result: Restored) -> None:
+        write_comparison(job, path, batch, settings.range)
 
-def _announce(
-    batch: Batch[Restored], jobs: list[Job], passed: list[Job], printer: Printer
-) -> list[Done[Restored]]:
-    """The plan, and nothing else; what would be refused is returned."""
-    from cdnctl.errors import ImageError
-    from cdnctl.restore.batch import Done
-
-    if batch.manifest is not None:
-        batch.manifest.read()
-    refused: list[Done[Restored]] = []
-    for job in jobs:
-        try:
-            printer.planned(job, batch.resume and batch.is_done(job))
-        except ImageError as error:
-            refused.append(Done(job, error=str(error)))
-            printer.failure(refused[-1])
-    for job in passed:
-        printer.planned(job, done=True)
-    return refused
-
-
-def _report(
-    batch: Batch[Restored], jobs: list[Job], passed: list[Job], printer: Printer
-) -> list[Done[Restored]]:
-    """Do the work and print each result as it comes; the failures again at the end, and
-    returned. passed: jobs that are not to be done."""
-    from cdnctl.restore.batch import count_pixels, large_last
-
-    total, started = len(jobs) + len(passed), time.monotonic()
-    heard: dict[Job, str] = {}
-    failed: list[Done[Restored]] = []
-    late: list[Done[Restored]] = []
-
-    def hear(done: Done[Restored]) -> None:
-        # Noted last: what is interrupted before comes again, as late.
-        if done.error is not None:
-            failed.append(done)
-            printer.failure(done)
-            heard[done.job] = "failed"
-        elif done.restored is None:
-            printer.skipped(done.job)
-            heard[done.job] = "skipped"
-        else:
-            printer.result(done.job.source, done.job.output, done.restored, done.seconds)
-            heard[done.job] = "restored"
-
-    for job in passed:
-        printer.skipped(job)
-        heard[job] = "skipped"
-    pixels = count_pixels(jobs)
-    work = {job: count + PIXELS_PER_FILE for job, count in pixels.items()}
-    with progress(len(jobs), printer.quiet, printer.as_json, sum(work.values())) as advance:
-        batch = replace(batch, watch=lambda job, share: advance.within(share * work[job], job))
-        results = batch.run(large_last(pixels), late)
-        try:
-            for done in results:
-                hear(done)
-                if heard[done.job] == "skipped":
-                    advance.skip(work[done.job])
-                else:
-                    advance(work[done.job], done.job)
-            stop = None
-        except (KeyboardInterrupt, SystemExit) as error:  # the latter: told to terminate
-            stop = error
-            results.close()  # so that late is complete
-            for done in late:
-                if done.job not in heard:
-                    hear(done)
-    counts = Counter(heard.values())
-    if stop is not None:
-        hint = ""
-        if total > 1:
-            way = "--skip-existing" if batch.manifest is None else "--resume"
-            hint = f": continue with {way}"
-        report_error(f"interrupted after {len(heard)} of {total} pictures{hint}")
-        raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 1))
-    if total > 1 or batch.manifest is not None:
-        printer.summary(counts, time.monotonic() - started)
-    if failed and total > 1:
-        report_error(f"{len(failed)} of {total} pictures failed:")
-        for done in failed:
-            print(f"  {done.error}", file=sys.stderr)
-    return failed
+    beside = [
+        Beside("--uncertainty", uncertainty, NUMBERS | {".png"}, uncertain),
+        Beside("--compare", compare, images.WRITE_SUFFIXES, compared_with),
+    ]
+    restore_files(files, Denoise(settings), models, printer, beside)

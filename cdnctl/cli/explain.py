@@ -24,6 +24,7 @@ from cdnctl.cli.options import (
 )
 from cdnctl.cli.progress import progress
 from cdnctl.errors import UsageError
+from cdnctl.units import PEAK
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -41,6 +42,15 @@ def explain(
             help="A picture with its scale (.png), or the bare numbers (.tif, .npy).",
         ),
     ],
+    basis: Annotated[
+        int | None,
+        typer.Option(
+            "--basis",
+            min=1,
+            help="Show instead so many patterns that are kept most, and as many that are taken "
+            "for noise, of the middle of the picture, with the share of each that is kept.",
+        ),
+    ] = None,
     target: Annotated[
         str, typer.Option("--class", help="Class to explain, or auto: the most probable one.")
     ] = "auto",
@@ -66,6 +76,7 @@ def explain(
     keep_existing(output, overwrite)
     torch_device = start_torch(device, threads)
     from cdnctl import images
+    from cdnctl.analysis import basis as patterns
     from cdnctl.analysis.evidence import drawn, evidence
     from cdnctl.restore import noise_level, on_unit_scale
     from cdnctl.restore.plan import same_file
@@ -76,6 +87,8 @@ def explain(
         raise UsageError(f"-o {str(output)!r} must be a picture file, such as .png, or .npy")
     if same_file(source, output):
         raise UsageError(f"{str(source)!r} would overwrite itself: choose another output")
+    if basis is not None and suffix in NUMBERS:
+        raise UsageError(f"-o {str(output)!r}: --basis is drawn; give a picture file, such as .png")
     label = None if target == "auto" else target
     models = Models(model, torch_device, [] if label is None else [label])
     image = images.read(source, pixel_limit(max_megapixels))
@@ -83,6 +96,15 @@ def explain(
     height, width = image.samples.shape[:2]
     chosen = models.pick(height, width)
     noise = noise_level(image, sigma=level).sigma
+    if basis is not None:
+        with progress(1, quiet):
+            sheet, held = patterns.explained(image, chosen, noise, basis, label)
+        images.write(sheet, output, overwrite=overwrite)
+        if not quiet:
+            kept = f"{held.dimension:.0f} of {held.top_vectors[0].numel()} values are kept"
+            where = f"{shown(source)} -> {shown(output)}"
+            print(f"{where}, sigma {noise * PEAK:.1f}, {kept}, model {chosen.name}")
+        return
     with progress(1, quiet):
         found = evidence(chosen, image.samples, noise, label)
     if suffix in NUMBERS:

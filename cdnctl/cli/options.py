@@ -75,6 +75,35 @@ ModelOption = Annotated[
         "--model", help="auto, a bundled model, a run folder (runs/1), or a .safetensors file."
     ),
 ]
+Inputs = Annotated[list[Path], typer.Argument(help="Pictures and folders; - for standard input.")]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="File or folder (new/ makes one); - for standard output, in the input's format "
+        "or as PNG.",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with a folder: redo only what is missing or has changed."),
+]
+SkipExisting = Annotated[
+    bool, typer.Option("--skip-existing", help="Pass over inputs whose output exists.")
+]
+StripMetadata = Annotated[
+    bool, typer.Option("--strip-metadata", help="Leave out EXIF, ICC profile and text.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")
+]
+Tile = Annotated[int | None, typer.Option("--tile", min=1, help="Side of tiles in pixels.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="What the network may take, such as 500M or 2G.")
+]
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Look into folders' folders.")]
 MaxMegapixels = Annotated[
     int | None,

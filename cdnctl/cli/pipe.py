@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdnctl.cli.common import keep_existing, need_reader
-from cdnctl.cli.printer import STDIO, Printer
+from cdnctl.cli.printer import STDIO, Printer, R
 from cdnctl.cli.progress import progress
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from cdnctl.restore import Settings
+    from cdnctl.restore import Operation
     from cdnctl.selection import Models
 
 
@@ -23,20 +23,21 @@ def pipe(
     inputs: Sequence[Path],
     output: Path | None,
     models: Models,
-    settings: Settings,
+    operation: Operation[R],
     max_pixels: int,
     strip: bool,
     overwrite: bool,
-    printer: Printer,
+    printer: Printer[R],
 ) -> None:
     """One picture from standard input and/or to standard output."""
     from cdnctl import images
     from cdnctl.errors import ImageError
-    from cdnctl.restore import black_and_white, on_own_scale, on_unit_scale, restore
     from cdnctl.restore.plan import check_suffix
 
     if len(inputs) != 1 or output is None:
-        raise UsageError("with - give exactly one input and an output: cdnctl denoise - -o out.png")
+        raise UsageError(
+            f"with - give exactly one input and an output: cdnctl {operation.name} - -o out.png"
+        )
     if output == STDIO:
         need_reader()
     else:
@@ -45,15 +46,16 @@ def pipe(
     source = inputs[0]
     if source == STDIO and sys.stdin is None:
         raise UsageError("- reads standard input, but that is closed: pipe a picture in")
-    image = images.read(sys.stdin.buffer if source == STDIO else source, max_pixels)
-    ends, dtype = black_and_white(image, settings.range, str(source)), image.dtype
-    image = on_unit_scale(image, ends, str(source))
+    piped = source == STDIO
+    data = sys.stdin.buffer.read() if piped else images.read_bytes(source)
+    image = images.decode(data, "standard input" if piped else str(source), max_pixels)
+    ready = operation.prepare(image, str(source), data)
     started = time.monotonic()
     with progress(1, printer.quiet, printer.as_json) as advance:
         chosen = models.pick(*image.samples.shape[:2])
-        restored = restore(image, chosen, settings, advance.within)
+        restored = operation.run([ready], chosen, advance.within)[0]
     seconds = time.monotonic() - started
-    result = on_own_scale(restored.image, ends, dtype)
+    result = restored.image
     result = replace(result, metadata=images.Metadata()) if strip else result
     if output != STDIO:
         suffix = output.suffix.lower()

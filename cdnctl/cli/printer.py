@@ -1,80 +1,68 @@
-"""What denoise says of its pictures: lines for people, or objects for programs."""
+"""What is said of pictures that are restored: lines for people, or objects for programs."""
 
 from __future__ import annotations
 
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cdnctl.cli.common import report_error, shown, warn
 from cdnctl.units import PEAK
 
 if TYPE_CHECKING:
-    from cdnctl.restore import Restored, Settings
+    from cdnctl.restore import Deblocked, Restored, Result, Settings
     from cdnctl.restore.batch import Done
     from cdnctl.restore.plan import Job
 
+R = TypeVar("R", bound="Result")
 STDIO = Path("-")  # on the command line: standard input or output
 
 
-class Printer:
+class Printer(ABC, Generic[R]):
     """Says how each picture went: a line for people or an object for programs."""
 
-    def __init__(self, settings: Settings, as_json: bool, quiet: bool):
-        self.target = settings.target
-        self.estimated = settings.sigma is None
+    def __init__(self, as_json: bool, quiet: bool):
         self.as_json, self.quiet = as_json, quiet
 
-    def result(self, source: Path, output: Path, restored: Restored, seconds: float) -> None:
-        """A picture that was restored; its noise level is in 0..255."""
-        model = restored.model
-        level = restored.sigma * PEAK
-        low, high = (PEAK * s for s in model.sigma_range)
-        if restored.told * PEAK > high + 1e-6:
-            note = " (a gray picture counts sqrt(3)-fold)" if restored.told > restored.sigma else ""
-            warn(
-                f"{shown(source)}: sigma {level:.1f}{note} is outside the range "
-                f"{low:g}..{high:g} that model {model.name!r} was trained on"
-            )
-        # On the 0..255 scale, root mean square.
-        change = restored.class_change
-        change = None if change is None else round(change * PEAK, 6)
-        best = next(iter(restored.posterior.items()), None)
+    @abstractmethod
+    def found(self, result: R) -> dict[str, Any]:
+        """What was found, for programs."""
+
+    @abstractmethod
+    def words(self, result: R) -> list[str]:
+        """The same for people, in parts of a sentence."""
+
+    def warnings(self, result: R) -> list[str]:
+        """What should not be as it is."""
+        return []
+
+    def result(self, source: Path, output: Path, restored: R, seconds: float) -> None:
+        """A picture that was restored."""
+        for text in self.warnings(restored):
+            warn(f"{shown(source)}: {text}")
         # With the picture itself on standard output, remarks go to standard error.
         stream = sys.stderr if output == STDIO else sys.stdout
+        notes = restored.image.notes
         if self.as_json:
             record: dict[str, Any] = {
                 "event": "restored",
                 "input": str(source),
                 "output": str(output),
-                "sigma": round(level, 3),
-                "sigma_estimated": self.estimated,
-                "noise": None if restored.noise is None else restored.noise.record(),
-                "model": model.name,
-                "weights": model.hash,
-                "class_change": change,
-                "posterior": {k: round(v, 6) for k, v in restored.posterior.items()},
-                "held": round(restored.held, 6),
+                "model": restored.model.name,
+                "weights": restored.model.hash,
+                **self.found(restored),
                 "seconds": round(seconds, 4),
-                "notes": list(restored.image.notes),
+                "notes": list(notes),
             }
             print(json.dumps(record), file=stream, flush=True)
         elif not self.quiet:
-            how = "estimated" if self.estimated else "given"
             where = f"{shown(source)} -> {shown(output)}"
-            parts = [where, f"sigma {level:.1f} ({how})", f"model {model.name}"]
-            if restored.noise is not None and not restored.noise.is_white:
-                parts.insert(1, restored.noise.summary())
-            if best is not None and (best[1] >= 0.5 or self.target == "auto"):
-                parts.append(f"most probable class {best[0]} ({best[1]:.0%})")
-            if change is not None:
-                amount = f"{change:.2f}" if change >= 0.01 else "less than 0.01"
-                parts.append(f"telling the class changed {amount} of 255 (rms)")
-            print(", ".join([*parts, *restored.image.notes]), file=stream, flush=True)
+            print(", ".join([where, *self.words(restored), *notes]), file=stream, flush=True)
 
-    def failure(self, done: Done[Restored]) -> None:
+    def failure(self, done: Done[R]) -> None:
         """A picture that could not be restored."""
         if self.as_json:
             self._event("failed", done.job, error=done.error)
@@ -109,3 +97,66 @@ class Printer:
     def _event(self, event: str, job: Job, **more: Any) -> None:
         record = {"event": event, "input": str(job.source), "output": str(job.output), **more}
         print(json.dumps(record), flush=True)
+
+
+class DenoisePrinter(Printer["Restored"]):
+    """Printer of what denoise finds; noise levels are in 0..255."""
+
+    def __init__(self, settings: Settings, as_json: bool, quiet: bool):
+        super().__init__(as_json, quiet)
+        self.target = settings.target
+        self.estimated = settings.sigma is None
+
+    def warnings(self, result: Restored) -> list[str]:
+        """Of noise that the model was not trained on."""
+        low, high = (PEAK * s for s in result.model.sigma_range)
+        if result.told * PEAK <= high + 1e-6:
+            return []
+        note = " (a gray picture counts sqrt(3)-fold)" if result.told > result.sigma else ""
+        return [
+            f"sigma {result.sigma * PEAK:.1f}{note} is outside the range {low:g}..{high:g} that "
+            f"model {result.model.name!r} was trained on"
+        ]
+
+    def found(self, result: Restored) -> dict[str, Any]:
+        """See `Printer`."""
+        # On the 0..255 scale, root mean square.
+        change = result.class_change
+        return {
+            "sigma": round(result.sigma * PEAK, 3),
+            "sigma_estimated": self.estimated,
+            "noise": None if result.noise is None else result.noise.record(),
+            "class_change": None if change is None else round(change * PEAK, 6),
+            "posterior": {k: round(v, 6) for k, v in result.posterior.items()},
+            "held": round(result.held, 6),
+        }
+
+    def words(self, result: Restored) -> list[str]:
+        """See `Printer`."""
+        how = "estimated" if self.estimated else "given"
+        parts = [f"sigma {result.sigma * PEAK:.1f} ({how})", f"model {result.model.name}"]
+        if result.noise is not None and not result.noise.is_white:
+            parts.insert(0, result.noise.summary())
+        best = next(iter(result.posterior.items()), None)
+        if best is not None and (best[1] >= 0.5 or self.target == "auto"):
+            parts.append(f"most probable class {best[0]} ({best[1]:.0%})")
+        if result.class_change is not None:
+            change = round(result.class_change * PEAK, 6)
+            amount = f"{change:.2f}" if change >= 0.01 else "less than 0.01"
+            parts.append(f"telling the class changed {amount} of 255 (rms)")
+        return parts
+
+
+class JpegPrinter(Printer["Deblocked"]):
+    """Printer of what is found in JPEG files; all levels are of 0..255."""
+
+    def found(self, result: Deblocked) -> dict[str, Any]:
+        """See `Printer`."""
+        return {"sigma": round(result.sigma * PEAK, 3), "outside": round(result.outside, 4)}
+
+    def words(self, result: Deblocked) -> list[str]:
+        """See `Printer`."""
+        return [
+            f"error of the file's rounding {result.sigma * PEAK:.1f}",
+            f"model {result.model.name}",
+        ]

@@ -25,7 +25,7 @@ which the tests then damage. What Pillow reads and needs no path of its own is a
 """
 
 from cdnctl.files import remove_temporary, temporary_name
-from cdnctl.images.build import MAX_PIXELS, MEGAPIXEL
+from cdnctl.images.build import MAX_PIXELS, MEGAPIXEL, as_stored, upright
 from cdnctl.images.codec import (
     READ_SUFFIXES,
     WRITE_SUFFIXES,
@@ -41,7 +41,7 @@ from cdnctl.images.codec import (
     write,
 )
 from cdnctl.images.image import Image, Metadata, from_unit, to_unit
-from cdnctl.images.pillow import QUALITY
+from cdnctl.images.pillow import QUALITY, jpeg_orientation
 from cdnctl.images.quiet import quiet
 from cdnctl.units import PEAK
 
@@ -54,12 +54,14 @@ __all__ = [
     "WRITE_SUFFIXES",
     "Image",
     "Metadata",
+    "as_stored",
     "conversions",
     "count_pixels",
     "decode",
     "encode",
     "from_unit",
     "is_image_path",
+    "jpeg_orientation",
     "quiet",
     "read",
     "read_bytes",
@@ -68,5 +70,6 @@ __all__ = [
     "stored_size",
     "temporary_name",
     "to_unit",
+    "upright",
     "write",
 ]

@@ -70,7 +70,7 @@ def make_image(
 ) -> Image:
     """Make an `Image` of samples (H, W) or (H, W, 1 to 4) in the file's dtype."""
     samples = samples[:, :, None] if samples.ndim == 2 else samples
-    samples = _upright(samples, orientation)
+    samples = upright(samples, orientation)
     if orientation != 1 and metadata.xmp:  # some programs look there
         metadata = replace(metadata, xmp=upright_xmp(metadata.xmp))
     if samples.dtype.kind == "f" and not np.isfinite(samples).all():
@@ -98,7 +98,12 @@ def _nearest(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows[mask], columns[mask]
 
 
-def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+def as_stored(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo `upright`."""
+    return upright(samples, {6: 8, 8: 6}.get(orientation, orientation))
+
+
+def upright(samples: np.ndarray, orientation: int) -> np.ndarray:
     """Apply an EXIF orientation, 1 to 8, to samples (H, W, C)."""
     if orientation >= 5:
         samples = samples.swapaxes(0, 1)

@@ -97,6 +97,12 @@ def decode(data: bytes, suffix: str, max_pixels: int) -> Image:
     )
 
 
+def jpeg_orientation(data: bytes) -> int:
+    """The EXIF orientation, 1 to 8, of a JPEG file that can be decoded."""
+    with PIL.Image.open(io.BytesIO(data), formats=["JPEG"]) as picture:
+        return reset_orientation(picture.info.get("exif"), [])[0]
+
+
 def webp_size(data: bytes) -> tuple[int, int] | None:
     """Return width and height by the first chunk of a WebP file; None for other files."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:

@@ -57,6 +57,27 @@ class Plane:
     # which the file's coefficients could not be found.
     half: np.ndarray
     factor: int  # pixels per sample, on both sides
+    steps: np.ndarray  # (8, 8), of the quantisation
+
+    def lost(self) -> float:
+        """The mean square of what rounding took from a coefficient, in squared levels.
+
+        Those of a frequency are taken for Laplace distributed. Their width b follows from the
+        share of those that are not rounded to zero, exp(-step / 2b); where all are, it is no
+        more than that of other frequencies, as widths fall like 1 over the frequency.
+        """
+        cut = self.steps / 2
+        count = max(1, self.middle[..., 0, 0].size)
+        share = (np.abs(self.middle) > cut).sum((0, 1)) / count
+        b = cut / -np.log(np.clip(share, 0.5 / count, 1 - 1e-6))
+        frequency = np.hypot(_K[:, None], _K).clip(1)
+        seen = (share > 0) & (_IS_MEAN == 0)
+        if seen.any():
+            b = np.where(share > 0, b, np.minimum(b, np.median((b * frequency)[seen]) / frequency))
+        over = np.exp(-cut / b)
+        small = (2 * b**2 - over * (cut**2 + 2 * cut * b + 2 * b**2)) / (1 - over)
+        inside = np.minimum(small, cut**2 / 3)
+        return float(((1 - share) * inside + share * cut**2 / 3).mean())
 
     @staticmethod
     def of(
@@ -88,7 +109,7 @@ class Plane:
             either = near.all((-2, -1)) & found
             middle[either, 0, 0] += sign * steps[0, 0] / 2
             half[either, 0, 0] += steps[0, 0] / 2
-        return Plane(middle.astype(np.float32), half.astype(np.float32), factor)
+        return Plane(middle.astype(np.float32), half.astype(np.float32), factor, steps)
 
 
 class Box:
@@ -100,6 +121,10 @@ class Box:
         """planes: of Y alone, or of Y, Cb and Cr; the latter two may be left out."""
         self.planes = planes
         self.size = height, width
+
+    def error(self) -> float:
+        """About the root mean square of what rounding took from Y, in [0, 1] pixel units."""
+        return float(self.planes[0].lost() ** 0.5 / PEAK)
 
     def project(self, x: Tensor) -> Tensor:
         """The nearest picture in the box, like x; not clipped. Nearest in Y, Cb and Cr."""

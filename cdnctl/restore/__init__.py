@@ -16,7 +16,8 @@ Who imports whom, each only what stands above it:
   together);
 - ``masks``, ``settings``, ``classes`` (what a picture shows), ``operation`` (what can be done to
   pictures);
-- ``denoise``, the first operation; ``preview`` (parts to judge settings by);
+- ``denoise``, the first operation; ``preview`` (parts to judge settings by); ``prior`` (a model as
+  the denoiser of whole pictures), ``repair`` (holes, scale, blur), ``deblock`` (JPEG);
 - ``plan`` (which file goes where) and ``batch`` (many files), which know nothing of denoising.
 
 The names of the Python API are here; what is for many files is in ``plan`` and ``batch``.
@@ -32,11 +33,14 @@ from cdnctl.restore.classes import (
     most_probable,
     ranked,
 )
+from cdnctl.restore.deblock import Deblock, Deblocked
 from cdnctl.restore.denoise import Denoise, Restored, moved, restore, restore_batch, whole_place
 from cdnctl.restore.levels import Level, estimate_sigma, noise_level
 from cdnctl.restore.masks import Mask
 from cdnctl.restore.noise import Noise
 from cdnctl.restore.operation import Operation, Result
+from cdnctl.restore.repair import Deblur, Inpaint, Repair, Repaired, Upscale
+from cdnctl.restore.repair import Settings as RepairSettings
 from cdnctl.restore.samples import Percentiles, black_and_white, on_own_scale, on_unit_scale
 from cdnctl.restore.settings import Settings
 from cdnctl.restore.stack import Stack, batch_size
@@ -52,17 +56,25 @@ from cdnctl.restore.view import (
 
 __all__ = [
     "Classified",
+    "Deblock",
+    "Deblocked",
+    "Deblur",
     "Denoise",
+    "Inpaint",
     "Level",
     "Mask",
     "Noise",
     "Operation",
     "OutOfMemory",
     "Percentiles",
+    "Repair",
+    "RepairSettings",
+    "Repaired",
     "Restored",
     "Result",
     "Settings",
     "Stack",
+    "Upscale",
     "View",
     "at_class_scale",
     "batch_size",

@@ -214,7 +214,7 @@ class Batch(Generic[R]):
             data = images.read_bytes(job.source)
             image = images.decode(data, str(job.source), self.max_pixels)
             shape = image.samples.shape
-            ready = self.operation.prepare(image, str(job.source))
+            ready = self.operation.prepare(image, str(job.source), data)
             origin = Origin(digest(data), len(data), time_of_input)
             seconds = time.monotonic() - started
             return _Loaded(job, ready, shape, origin, overwrite, seconds)

@@ -296,7 +296,7 @@ class Denoise:
         parameters: dict[str, Any] = json.loads(json.dumps(values))
         return parameters
 
-    def prepare(self, image: Image, name: str) -> _Ready:
+    def prepare(self, image: Image, name: str, data: bytes) -> _Ready:
         """The picture with its noise measured."""
         ends, dtype = black_and_white(image, self.settings.range, name), image.dtype
         image = on_unit_scale(image, ends, name)

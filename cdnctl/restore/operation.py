@@ -35,10 +35,10 @@ class Operation(Protocol[R]):
         """What the results depend on besides the picture and the weights, as JSON has it."""
         ...
 
-    def prepare(self, image: Image, name: str) -> Any:
+    def prepare(self, image: Image, name: str, data: bytes) -> Any:
         """What ``run`` is to be given of a picture; in the thread that has read it.
 
-        name: of the picture, for messages. ImageError if it will not do.
+        name: of the picture, for messages. data: its file. ImageError if it will not do.
         """
         ...
 

@@ -87,19 +87,7 @@ class View:
             self.sigma = self.told = noise.confidence * noise.sigma
         # Extended by mirroring to what the network works on: whole cells.
         height, width = (n + -n % needs.multiple for n in (self.height, self.width))
-        if needs.margin is None:
-            side = max(height, width)
-        elif height * width <= MIN_TILE**2:  # no larger than any tile
-            side = tile or MIN_TILE
-        else:
-            side = tile or default_tile(model, memory, gradient)
-        self.tiles = tiles.plan(height, width, side, needs.margin or 0, needs.multiple)
-        need = self.area * _bytes_per_pixel(model, gradient)
-        if memory is not None and not tile and need > memory:
-            raise ImageError(
-                f"--memory allows {memory / 1e6:.0f} MB, but the smallest tiles that are "
-                f"worth while take {need / 1e6:.0f} MB: allow more, or give --tile"
-            )
+        self.tiles = plan_tiles(model, height, width, tile, memory, gradient)
         self.cells = height * width // needs.multiple**2
         self.watch, self._done, self._passes = watch, 0, 1
         self._logits = logits
@@ -108,9 +96,7 @@ class View:
     @property
     def area(self) -> int:
         """Pixels of a tile with its margins."""
-        rows, columns = self.tiles[0].read
-        area: int = (rows.stop - rows.start) * (columns.stop - columns.start)
-        return area
+        return _area(self.tiles[0])
 
     def read(self, box: tiles.Box) -> Tensor:
         """Rows and columns of the extended picture: (C, h, w), float32 on the host."""
@@ -280,6 +266,39 @@ class View:
             return out
 
         return run
+
+
+def plan_tiles(
+    model: Model,
+    height: int,
+    width: int,
+    tile: int | None = None,
+    memory: int | None = None,
+    gradient: bool = False,
+) -> list[tiles.Tile]:
+    """Tiles of a picture of whole cells; the arguments, and the error, are those of `View`."""
+    needs = model.needs
+    if needs.margin is None:
+        side = max(height, width)
+    elif height * width <= MIN_TILE**2:  # no larger than any tile
+        side = tile or MIN_TILE
+    else:
+        side = tile or default_tile(model, memory, gradient)
+    planned = tiles.plan(height, width, side, needs.margin or 0, needs.multiple)
+    need = _area(planned[0]) * _bytes_per_pixel(model, gradient)
+    if memory is not None and not tile and need > memory:
+        raise ImageError(
+            f"--memory allows {memory / 1e6:.0f} MB, but the smallest tiles that are "
+            f"worth while take {need / 1e6:.0f} MB: allow more, or give --tile"
+        )
+    return planned
+
+
+def _area(tile: tiles.Tile) -> int:
+    """Pixels of a tile with its margins."""
+    rows, columns = tile.read
+    area: int = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return area
 
 
 def check_channels(model: Model, channels: int) -> None:
