@@ -23,6 +23,7 @@ from cdnctl.cli import (
     models,
     noise,
     ood,
+    sample,
     train,
 )
 from cdnctl.cli.common import outlive_readers, report_error
@@ -55,7 +56,7 @@ app = typer.Typer(
 )
 PANELS = {  # of the help, in its order: the modules whose commands it shows
     "Restore": (denoise,),
-    "Understand": (classify, explain, noise),
+    "Understand": (classify, explain, noise, sample),
     "Measure": (evaluate, attack, ood, bench),
     "Models": (train, models, doctor),
     "Fields": (field,),
