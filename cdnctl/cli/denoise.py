@@ -24,6 +24,7 @@ from cdnctl.cli.common import (
 from cdnctl.cli.options import (
     ClassOption,
     Device,
+    EnsembleOption,
     Json,
     MaxMegapixels,
     ModelOption,
@@ -75,6 +76,7 @@ def denoise(
     sigma: SigmaOption = "auto",
     target: ClassOption = "none",
     model: ModelOption = "auto",
+    ensemble: EnsembleOption = 1,
     strength: Annotated[
         float, typer.Option("--strength", help="0: the input, 1: fully denoised.")
     ] = 1.0,
@@ -165,7 +167,7 @@ def denoise(
         budget,
         parse_range(scale),
     )
-    models = Models(model, torch_device, class_names(wanted))
+    models = Models(model, torch_device, class_names(wanted), ensemble)
     printer = Printer(settings, as_json, quiet)
     if STDIO in inputs or output == STDIO:
         given = {

@@ -40,6 +40,14 @@ ModelOption = Annotated[
         "--model", help="auto, a bundled model, a run folder (runs/1), or a .safetensors file."
     ),
 ]
+EnsembleOption = Annotated[
+    int,
+    typer.Option(
+        "--ensemble",
+        callback=lambda count: _symmetries(count),
+        help="Mean over 2 (left and right) or 8 flips and turns: better, as many times slower.",
+    ),
+]
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Look into folders' folders.")]
 MaxMegapixels = Annotated[
     int | None,
@@ -55,6 +63,14 @@ RangeOption = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
+
+
+def _symmetries(count: int) -> int:
+    if count not in (1, 2, 8):
+        raise UsageError(
+            f"--ensemble is {count}, but must be 2 (left and right), 8 (quarter turns, too), or 1"
+        )
+    return count
 
 
 class WithClasses(TyperCommand):

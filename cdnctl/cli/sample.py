@@ -77,7 +77,7 @@ def sample(
     into = output_name.endswith((os.sep, os.altsep or os.sep)) or output.is_dir()
     torch_device = start_torch(device, threads)
     from cdnctl import images
-    from cdnctl.analysis.prior import draw
+    from cdnctl.analysis.synthesis import draw
     from cdnctl.api import load
     from cdnctl.figures import contact_sheet
 

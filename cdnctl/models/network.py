@@ -28,6 +28,7 @@ class Needs:
     # How many pixels around a tile must be seen with it; None: only whole pictures can be seen.
     margin: int | None = None
     coloured: bool = False  # whether it hears what noise is like that is not white, see `Told`
+    passes: int = 1  # whose features are all kept for a gradient
     posterior: bool = False  # of the whole picture must be known for a tile, without a mixture too
     sigma_range: tuple[float, float] = (0.0, inf)  # noise levels that it knows, in [0, 1] units
     value_range: tuple[float, float] = (0.0, 1.0)  # of black and white in the pictures

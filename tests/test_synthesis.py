@@ -12,7 +12,7 @@ from processes import Run
 from tiny import CLASSES, save_tiny, tiny
 from torch import Tensor
 
-from cdnctl.analysis.prior import LOWEST, draw
+from cdnctl.analysis.synthesis import LOWEST, draw
 from cdnctl.api import Model
 from cdnctl.errors import UnknownClassError, UsageError
 from cdnctl.figures import contact_sheet
