@@ -18,6 +18,7 @@ from cdnctl.core import joint
 from cdnctl.core.joint import Corrector, HasPosterior, Joint
 from cdnctl.errors import UnknownClassError, UsageError, WeightsError
 from cdnctl.models import Needs, Network
+from cdnctl.models.ensemble import ensemble
 from cdnctl.pictures import Given, Sigma
 
 OneClass = str | int | np.integer | Mapping[str, float]
@@ -83,6 +84,13 @@ class Model(nn.Module):
             f"<cdnctl.Model {self.name!r}: {self.header.arch}, {len(self.classes)} classes, "
             f"{count / 1e6:.2f} million parameters, {weight.dtype} on {weight.device}>"
         )
+
+    def ensemble(self, count: int) -> Model:
+        """The mean of this model over ``count`` symmetries: 2, left and right exchanged, or 8,
+        quarter turns too. It has everything that the model has, a density too, and takes ``count``
+        times as long. With 1 it is the model itself. UsageError for another number."""
+        module = ensemble(self.module, count)
+        return self if module is self.module else Model(module, self.header, self.path)
 
     @property
     def name(self) -> str:

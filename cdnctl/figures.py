@@ -1,4 +1,4 @@
-"""Pictures that people look at: a map with its scale, and two pictures side by side.
+"""Pictures that people look at: a map with its scale, two pictures side by side, a sheet of many.
 
 Pillow draws them with the font that it brings along: no window system, no plotting package.
 """
@@ -17,6 +17,7 @@ import PIL.ImageFont
 from cdnctl.images import Image, Metadata, from_unit, to_unit
 
 LEAST, MOST = 448, 2048  # pixels of a map's longer side: room for its text, and no more than seen
+SHOWN, GAP = 96, 4  # pixels: of a small picture on a contact sheet, and between two
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 FOR, AGAINST = np.array([0.85, 0.1, 0.1]), np.array([0.1, 0.25, 0.9])
@@ -182,6 +183,22 @@ def gallery(cells: Sequence[tuple[str, Image]], columns: int | None = None) -> I
         picture = from_unit(fitted(image, height, width), np.dtype(np.uint8))
         sheet.paste(PIL.Image.fromarray(picture), (left, top + head))
     return Image(np.asarray(sheet))
+
+
+def mosaic(pictures: Sequence[np.ndarray]) -> Image:
+    """Small pictures of one size, (H, W, C) each in [0, 1], in rows of a square or nearly so,
+    enlarged by a whole factor."""
+    height, width, channels = pictures[0].shape
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    factor = max(1, min(math.ceil(SHOWN / max(height, width)), MOST // (columns * width)))
+    gap = max(1, GAP // factor)
+    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
+    sheet = np.ones(shape, np.float32)
+    for i, pixels in enumerate(pictures):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = pixels
+    return Image.of(sheet.repeat(factor, 0).repeat(factor, 1))
 
 
 def _rgb(image: Image) -> PIL.Image.Image:

@@ -25,10 +25,13 @@ class Models:
     pictures of up to 40 pixels a side, the photo model otherwise. A small picture
     goes to the photo model, too, where the other is missing or does not know all of
     ``classes``. A photograph never goes to the small-picture model, which damages it.
+    ensemble: the models are means over so many symmetries, see `Model.ensemble`.
     """
 
-    def __init__(self, name: str, device: torch.device, classes: Iterable[str] = ()):
-        self.name, self.device = name, device
+    def __init__(
+        self, name: str, device: torch.device, classes: Iterable[str] = (), ensemble: int = 1
+    ):
+        self.name, self.device, self.ensemble = name, device, ensemble
         self.classes = set(classes)
         self._loaded: dict[str | Path, Model] = {}
         if name != AUTO:
@@ -90,5 +93,5 @@ class Models:
 
     def _load(self, name: str) -> Model:
         if name not in self._loaded:
-            self._loaded[name] = load(name, self.device)
+            self._loaded[name] = load(name, self.device).ensemble(self.ensemble)
         return self._loaded[name]

@@ -27,6 +27,7 @@ def save_tiny(
     classes: tuple[str, ...] = CLASSES,
     gaussian: bool = False,
     patch: int = 64,
+    high: float = 0.4,
     **shape: Any,
 ) -> Path:
     """Random weights; classes weigh enough to be seen in a correction.
@@ -47,7 +48,7 @@ def save_tiny(
         arch=arch,
         model=model,
         classes=classes,
-        sigma_range=(0.0, 0.4),
+        sigma_range=(0.0, high),
         patch=patch,
         data="nothing",
         version="0",

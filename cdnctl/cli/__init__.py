@@ -25,6 +25,7 @@ from cdnctl.cli import (
     models,
     noise,
     ood,
+    sample,
     train,
     upscale,
 )
@@ -58,7 +59,7 @@ app = typer.Typer(
 )
 PANELS = {  # of the help, in its order: the modules whose commands it shows
     "Restore": (denoise, inpaint, upscale, deblur),
-    "Understand": (classify, explain, noise),
+    "Understand": (classify, explain, noise, sample),
     "Measure": (evaluate, attack, ood, bench),
     "Models": (train, models, doctor),
     "Fields": (field,),

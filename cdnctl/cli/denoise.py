@@ -15,6 +15,7 @@ from cdnctl.cli.options import (
     ClassOption,
     Device,
     DryRun,
+    EnsembleOption,
     Inputs,
     Json,
     MaskOption,
@@ -65,6 +66,7 @@ def denoise(
     noise: NoiseOption = None,
     target: ClassOption = "none",
     model: ModelOption = "auto",
+    ensemble: EnsembleOption = 1,
     strength: StrengthOption = "1",
     guidance: Annotated[
         float | None,
@@ -168,7 +170,7 @@ def denoise(
         parse_range(scale),
         known_noise(noise or "auto"),
     )
-    models = Models(model, torch_device, class_names(wanted))
+    models = Models(model, torch_device, class_names(wanted), ensemble)
     if jpeg:
 
         def as_files(job: Job, path: Path, batch: Batch[Deblocked], result: Deblocked) -> None:

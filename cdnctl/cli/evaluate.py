@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cdnctl.cli.common import keep_existing, note, start_torch, warn
-from cdnctl.cli.options import Device, Json, Quiet, Threads, parse_levels
+from cdnctl.cli.options import Device, EnsembleOption, Json, Quiet, Threads, parse_levels
 from cdnctl.cli.plots import check_plot, curves, draw
 from cdnctl.cli.progress import progress
 from cdnctl.cli.report import Folder, Limit, ModelsOption, Report, Seed
@@ -57,6 +57,7 @@ def evaluate(
         typer.Option("--clip", help="Clip noisy pictures and round them, as files of 8 bits do."),
     ] = False,
     model: ModelsOption = None,
+    ensemble: EnsembleOption = 1,
     seed: Seed = 0,
     limit: Limit = None,
     csv_file: Annotated[
@@ -93,8 +94,8 @@ def evaluate(
     torch_device = start_torch(device, threads)
 
     report = Report("scores", COLUMNS, seed, limit, as_json, quiet)
-    report.add(model, torch_device, folder, noisy)
-    rows = _measure(report, None if noisy is not None else levels, clip)
+    report.add(model, torch_device, folder, noisy, ensemble)
+    rows = _measure(report, None if noisy is not None else levels, clip, ensemble)
     if csv_file is not None:
         write_csv(csv_file, rows, overwrite)
     if plot is not None:
@@ -102,7 +103,9 @@ def evaluate(
     report.finish()
 
 
-def _measure(report: Report, levels: Sequence[float] | None, clip: bool) -> list[Row]:
+def _measure(
+    report: Report, levels: Sequence[float] | None, clip: bool, ensemble: int
+) -> list[Row]:
     """Scores of every model at noise levels in [0, 1], or with the noise that pictures have
     (None); the rows that they are means of."""
     from cdnctl.measure.evaluate import evaluate, summarise
@@ -131,6 +134,8 @@ def _measure(report: Report, levels: Sequence[float] | None, clip: bool) -> list
                 "data_range": 1.0,
                 "averaging": "mean of per-picture values",
             }
+            if ensemble > 1:
+                protocol["ensemble"] = ensemble
             report.tell(model, [scaled(s) for s in summarise(rows, paired)], protocol)
             every += [{"model": report.label(model), **scaled(row)} for row in rows]
     return every

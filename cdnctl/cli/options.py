@@ -104,6 +104,14 @@ Tile = Annotated[int | None, typer.Option("--tile", min=1, help="Side of tiles i
 Memory = Annotated[
     str | None, typer.Option("--memory", help="What the network may take, such as 500M or 2G.")
 ]
+EnsembleOption = Annotated[
+    int,
+    typer.Option(
+        "--ensemble",
+        callback=lambda count: _symmetries(count),
+        help="Mean over 2 (left and right) or 8 flips and turns: better, as many times slower.",
+    ),
+]
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Look into folders' folders.")]
 MaxMegapixels = Annotated[
     int | None,
@@ -121,6 +129,14 @@ RangeOption = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
+
+
+def _symmetries(count: int) -> int:
+    if count not in (1, 2, 8):
+        raise UsageError(
+            f"--ensemble is {count}, but must be 2 (left and right), 8 (quarter turns, too), or 1"
+        )
+    return count
 
 
 class WithClasses(TyperCommand):

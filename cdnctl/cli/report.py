@@ -60,6 +60,7 @@ class Report:
         device: torch.device,
         folder: Path,
         noisy: Path | None = None,
+        ensemble: int = 1,
     ) -> None:
         """Models to measure; auto is that which suits the first picture of the folder."""
         from cdnctl.measure.evaluate import find_samples
@@ -68,7 +69,7 @@ class Report:
 
         files = expand([folder], recursive=True)
         for name in names or [AUTO]:
-            model = Models(name, device).for_files(files)
+            model = Models(name, device, ensemble=ensemble).for_files(files)
             self.models.append((model, self.some(find_samples(folder, noisy, model))))
 
     def some(self, items: Sequence[T]) -> list[T]:

@@ -35,7 +35,7 @@ class Whole(NamedTuple):
     """The picture that a tile is part of: a tile's own logits are not those of it."""
 
     cells: int  # positions over which class features are averaged, see `HasClassFeatures`
-    posterior: Tensor  # p(c | picture), (K,)
+    posterior: Tensor  # p(c | picture), (K,), or of each picture of a batch, (B, K)
 
 
 class Denoiser(Protocol):

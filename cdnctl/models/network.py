@@ -28,6 +28,7 @@ class Needs:
     # How many pixels around a tile must be seen with it; None: only whole pictures can be seen.
     margin: int | None = None
     coloured: bool = False  # whether it hears what noise is like that is not white, see `Told`
+    passes: int = 1  # whose features are all kept for a gradient
     # Whether a tile always needs the posterior of the whole picture, even without a mixture.
     posterior: bool = False
     sigma_range: tuple[float, float] = (0.0, inf)  # noise levels that it knows, in [0, 1] units

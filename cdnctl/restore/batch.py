@@ -310,8 +310,10 @@ class Batch(Generic[R]):
         """What the outputs depend on besides the pictures and the weights, as JSON has it."""
         # For a weights file the name of its model, not its path: moving the file changes no output.
         name = self.models.name if self.models.name == AUTO else self.models.pick(1, 1).name
+        ensemble = self.models.ensemble
         return {
             **self.operation.parameters,
+            **({} if ensemble == 1 else {"ensemble": ensemble}),
             "model": name,
             "strip_metadata": self.strip_metadata,
         }

@@ -389,4 +389,5 @@ def default_tile(model: Model, memory: int | None = None, gradient: bool = False
 
 def _bytes_per_pixel(model: Model, gradient: bool) -> int:
     """About what the network takes of memory for a pixel of a tile."""
-    return model.needs.bytes_per_pixel * (GRADIENT if gradient else 1)
+    needs = model.needs
+    return needs.bytes_per_pixel * (GRADIENT * needs.passes if gradient else 1)
