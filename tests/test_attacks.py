@@ -368,6 +368,7 @@ def accuracies(found: list[Robustness]) -> dict[tuple[str, float], float]:
     return {(r.attack.kind, r.attack.radius) if r.attack else ("", 0.0): r.accuracy for r in found}
 
 
+@pytest.mark.slow
 def test_robust_accuracy_falls_from_the_clean_one_to_nothing(
     model: Model, labelled: list[tuple[np.ndarray, str]]
 ) -> None:
