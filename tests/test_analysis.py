@@ -251,6 +251,7 @@ def test_randomness_is_an_argument_and_the_input_is_left_alone() -> None:
     assert torch.equal(y, before) and not y.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(30, 41), (91, 137)])
 def test_whole_pictures(tmp_path: Path, channels: int, size: tuple[int, int]) -> None:

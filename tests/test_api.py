@@ -287,6 +287,7 @@ def test_repr_is_short(model: Model) -> None:
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch, name", EVERY)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("own", FLOATS, ids=str)

@@ -557,6 +557,7 @@ def test_names_too_long_for_an_output(tmp_path: Path) -> None:
         assert errors[0] == "None" and "too long" in errors[1]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

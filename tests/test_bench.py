@@ -25,6 +25,8 @@ from cdnctl.training.config import DataConfig, TrainConfig
 from cdnctl.training.objectives import joint
 from cdnctl.training.step import loss_and_gradients
 
+pytestmark = pytest.mark.slow  # methods run in processes of their own
+
 TASKS = {"denoise", "train"}
 SHAPE = NetConfig(num_classes=3, widths=(4, 8), blocks=(1, 1), norm="pixel", head=8)
 

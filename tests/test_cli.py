@@ -145,6 +145,7 @@ def test_a_slash_makes_a_folder(tmp_path: Path, cdnctl: Run, weights: Path) -> N
     assert not (tmp_path / "nd3").exists() and source.is_file()
 
 
+@pytest.mark.slow
 def test_the_limit_of_pixels_can_be_raised(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
     PIL.Image.new("L", (1100, 1000)).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
@@ -466,6 +467,7 @@ def test_amounts_that_are_none(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.slow
 def test_memory_reaches_the_network(
     tmp_path: Path, cdnctl: Run, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,6 +499,7 @@ def test_unknown_class_names_the_near_ones(tmp_path: Path, cdnctl: Run, weights:
         assert done.code == 2 and "did you mean 'dog'" in done.err
 
 
+@pytest.mark.slow
 def test_unknown_model(tmp_path: Path, real: Run) -> None:
     write(tmp_path / "a.png")
     done = real("denoise", "a.png", "--model", "nonesuch")
@@ -829,6 +832,7 @@ def test_show_damaged_scores(tmp_path: Path, cdnctl: Run, weights: Path) -> None
     assert done.code == 3 and "'psnr'" in done.err
 
 
+@pytest.mark.slow
 def test_doctor(real: Run) -> None:
     """On the weights of the repository: they improve a noisy picture."""
     done = real("doctor", "--device", "cpu")
@@ -992,6 +996,7 @@ def test_train_names_what_it_passes_over(tmp_path: Path, cdnctl: Run, dataset: P
     assert probe.code == 0 and "dog/2.png" in probe.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error,code", [(KeyboardInterrupt, 130), (MemoryError, None)])
 @pytest.mark.parametrize("where", ["load_datasets", "TrainState", "train_step"])
 def test_a_run_that_did_not_get_far_leaves_no_folder(

@@ -491,6 +491,7 @@ def test_evaluate(arch: str, model: Model, tmp_path: Path) -> None:
         assert (row.predicted is not None) == isinstance(model.module, HasPosterior)
 
 
+@pytest.mark.slow
 @each
 @torch.no_grad()
 def test_tiles_give_what_the_whole_gives(model: Model) -> None:
@@ -545,6 +546,7 @@ def dataset(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "data"
 
 
+@pytest.mark.slow
 @each
 def test_some_steps_of_training(arch: str, dataset: Path, tmp_path: Path) -> None:
     shape = asdict(EVERY[arch].example)

@@ -207,6 +207,7 @@ def trained(task: int, seed: int) -> nn.Sequential:
     return net.eval()
 
 
+@pytest.mark.slow
 def test_networks_of_one_task_find_the_same_directions() -> None:
     first, second, other = trained(0, 0), trained(0, 1), trained(1, 2)
     (same,), (cross,) = compared(first, second), compared(first, other)

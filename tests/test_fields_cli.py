@@ -14,6 +14,8 @@ from cdnctl.fields.model import most_levels
 
 FIELD = "field"
 
+pytestmark = pytest.mark.slow  # they fit and sample
+
 
 @pytest.fixture
 def fields(cdnctl: Run, tmp_path: Path) -> Path:

@@ -198,6 +198,7 @@ def law(
     return mean, cov
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 @pytest.mark.parametrize("exact", [0, 12])
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def test_lines_of_odd_values_match_no_file(tmp_path: Path, key: str, value: obje
     assert Origin.from_dict(right | {key: value}).still(source) == expected
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_lines(tmp_path: Path) -> None:
     with (tmp_path / NAME).open("w") as file:
         for i in range(100_000):
@@ -311,6 +312,7 @@ def test_an_input_that_changes_while_it_is_read(
     assert redone(go_on(place)) == {"0.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -222,6 +222,7 @@ def test_files_that_exist_are_kept(tmp_path: Path, measure: Measure, option: str
     assert path.read_bytes()[:8] != b"precious"
 
 
+@pytest.mark.slow
 def test_plot(tmp_path: Path, measure: Measure) -> None:
     options = (*MODELS, "--sigma", "0:50:25", "--plot")
     assert measure("evaluate", *options, "curves.png")[0] == 0

@@ -359,6 +359,7 @@ def test_a_unet_knows_no_classes() -> None:
     assert torch.equal(run(net, y, SIGMA)[1], torch.zeros(2, K))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_posterior_covariance_is_symmetric(norm: str) -> None:
     net = make(replace(TINY, norm=norm), double=True)

@@ -26,6 +26,7 @@ def probed(datasets: list[Path], **options: Any) -> dict[tuple[str, bool, bool],
     return {(t.precision, t.channels_last, t.compile): t for t in trials}
 
 
+@pytest.mark.slow
 def test_probe(datasets: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     shown: list[Trial] = []
@@ -45,6 +46,7 @@ def test_probe(datasets: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(muon) == 4 and all(t.sound for t in muon.values())
 
 
+@pytest.mark.slow
 def test_probe_trusts_no_way_that_computes_something_else(
     datasets: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +72,7 @@ def test_probe_trusts_no_way_that_computes_something_else(
     assert {k[1] for k, t in trials.items() if t.sound} == {False}
 
 
+@pytest.mark.slow
 def test_probe_goes_on_where_a_way_does_not_work(
     datasets: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

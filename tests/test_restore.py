@@ -268,6 +268,7 @@ def upright(samples: np.ndarray, orientation: int) -> np.ndarray:
     return samples[::rows, ::columns]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     st.sampled_from(["uint8", "uint16", "uint32", "float16", "float32", "float64"]),
@@ -608,6 +609,7 @@ def test_memory_bounds_the_tiles(narrow: Model, monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(bounded.image.samples, whole.image.samples, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_that_no_tile_fits_into(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is said, and tiles that are nearly all margin are not tried."""
     model = tiny(tmp_path, norm="pixel", widths=[8, 8, 8, 8], blocks=[1, 1, 1, 1])

@@ -253,6 +253,7 @@ def test_factorised_filters_come_in_both_signs() -> None:
 # -- networks -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, *FIXED])
 def test_networks_keep_the_contract_of_a_classifier(kind: str) -> None:
     net = network(kind)
@@ -270,6 +271,7 @@ def test_networks_keep_the_contract_of_a_classifier(kind: str) -> None:
     close(net.class_scores(0.5 + there / here * (y - 0.5), 0.3), net.class_scores(y, 0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [k for k in (*KINDS, *FIXED) if k not in ("parts", "fixed, mapped")]
 )
@@ -279,6 +281,7 @@ def test_scores_know_no_place(kind: str) -> None:
     close(net.class_scores(y.roll((step, -step), (2, 3)), 0.1), net.class_scores(y, 0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, *FIXED])
 def test_gradients_are_finite_where_nothing_is_seen(kind: str) -> None:
     net = network(kind, double=False)
@@ -301,6 +304,7 @@ def test_odd_sides_are_filled_up() -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, *FIXED])
 def test_a_network_is_its_learnt_tensors(kind: str) -> None:
     """Filters are no weights; shapes are known before any memory is taken."""

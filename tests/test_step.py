@@ -197,6 +197,7 @@ def test_a_step_never_waits_for_the_gpu(
     assert train(folder, device=device).finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("bad", [(), (6,), (6, 7, 8)])
 def test_looking_or_not_makes_no_difference(

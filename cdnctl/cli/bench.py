@@ -1,4 +1,4 @@
-"""cdnctl bench."""
+"""cdnctl bench: models beside classical methods: quality, time, memory, price of gradients."""
 
 from __future__ import annotations
 

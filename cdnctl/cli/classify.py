@@ -1,4 +1,4 @@
-"""cdnctl classify."""
+"""cdnctl classify: what pictures show, as probabilities of classes."""
 
 from __future__ import annotations
 

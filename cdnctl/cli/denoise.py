@@ -1,4 +1,4 @@
-"""cdnctl denoise."""
+"""cdnctl denoise: one picture, a folder or a pipe, with or without a class."""
 
 from __future__ import annotations
 

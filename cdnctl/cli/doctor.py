@@ -1,4 +1,4 @@
-"""cdnctl doctor."""
+"""cdnctl doctor: whether the installation works."""
 
 from __future__ import annotations
 

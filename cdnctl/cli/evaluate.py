@@ -1,4 +1,4 @@
-"""cdnctl evaluate."""
+"""cdnctl evaluate: PSNR, SSIM and accuracy on folders of clean pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cdnctl explain."""
+"""cdnctl explain: which pixels speak for a class, as a picture or as numbers."""
 
 from __future__ import annotations
 

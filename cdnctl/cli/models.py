@@ -1,4 +1,4 @@
-"""cdnctl models."""
+"""cdnctl models: the bundled models, their cards, and the export of trained ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cdnctl noise."""
+"""cdnctl noise: what noise pictures hold."""
 
 from __future__ import annotations
 

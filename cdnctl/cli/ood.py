@@ -1,4 +1,4 @@
-"""cdnctl ood."""
+"""cdnctl ood: how well a model tells pictures of another kind from its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cdnctl train."""
+"""cdnctl train: a run from its config to its weights, with all that it shows on the way."""
 
 from __future__ import annotations
 
