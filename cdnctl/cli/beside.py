@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cdnctl.cli.common import NUMBERS, keep_existing, save_numbers, shown
 from cdnctl.cli.printer import STDIO, Printer
@@ -142,7 +142,7 @@ def write_sheet(
     images.write(contact_sheet(columns, rows, caption), path, overwrite=overwrite)
     if printer.as_json:
         corners = {name: [p[1].start, p[0].start] for name, p in places.items()}
-        record = {"event": "sheet", "input": str(source), "output": str(path)}
+        record: dict[str, Any] = {"event": "sheet", "input": str(source), "output": str(path)}
         record |= {"sigmas": sigmas, "crops": corners, "model": model.name}
         print(json.dumps(record), flush=True)
     elif not printer.quiet:
