@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,7 @@ import PIL.ImageCms
 
 from cdnctl.errors import ImageError
 from cdnctl.images.image import Image, Metadata
-from cdnctl.images.metadata import upright_xmp
+from cdnctl.images.metadata import turned_exif, turned_xmp, upright_xmp
 
 MEGAPIXEL = 1_000_000
 
@@ -73,6 +75,8 @@ def make_image(
     samples = upright(samples, orientation)
     if orientation != 1 and metadata.xmp:  # some programs look there
         metadata = replace(metadata, xmp=upright_xmp(metadata.xmp))
+    if orientation >= 5:
+        metadata = _turned(metadata)
     if samples.dtype.kind == "f" and not np.isfinite(samples).all():
         raise ImageError("it has samples that are not finite numbers (NaN or infinity); mend it")
     channels = samples.shape[2]
@@ -101,6 +105,15 @@ def _nearest(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def as_stored(samples: np.ndarray, orientation: int) -> np.ndarray:
     """Undo `upright`."""
     return upright(samples, {6: 8, 8: 6}.get(orientation, orientation))
+
+
+def _turned(metadata: Metadata) -> Metadata:
+    """Return what a file says of its picture when width and height have been exchanged."""
+    exif, xmp, dpi = metadata.exif, metadata.xmp, metadata.dpi
+    if exif:
+        with suppress(KeyError, struct.error):  # damaged directories that Pillow lets pass
+            exif = turned_exif(exif)
+    return replace(metadata, exif=exif, xmp=turned_xmp(xmp) if xmp else None, dpi=dpi and dpi[::-1])
 
 
 def upright(samples: np.ndarray, orientation: int) -> np.ndarray:

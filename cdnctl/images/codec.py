@@ -157,19 +157,23 @@ def conversions(image: Image, suffix: str) -> tuple[str, ...]:
     dtype = _target_dtype(image, suffix)
     if dtype != image.dtype:
         notes.append(f"{image.dtype.name} samples stored as {dtype.name}")
-    lost = []
+    lost: list[str] = []
     if suffix in (".webp", ".heic", ".heif"):
         lost = ["dpi"] if meta.dpi and not meta.exif else []
         lost += ["icc"] if not pillow.takes_profile(suffix, meta) else []
     elif suffix == ".bmp":
         lost = [name for name in ("icc", "exif", "xmp") if getattr(meta, name)]
     elif suffix in (".jpg", ".jpeg"):
-        blocks = ("exif", "xmp", "iptc")
+        blocks = ("exif", "xmp", "iptc", "comment")
         lost = [name for name in blocks if len(getattr(meta, name) or b"") > pillow.JPEG_SEGMENT]
     if meta.iptc and suffix not in (".jpg", ".jpeg", ".tif", ".tiff"):
         lost.append("iptc")
-    if lost:
-        notes.append(f"{', '.join(name.upper() for name in lost)} data left out")
+    words = ["text"] if suffix != ".png" and any(kind in png.TEXT for kind, _ in meta.png) else []
+    if meta.comment and suffix not in (".jpg", ".jpeg"):
+        words.append("comment")
+    if lost or words:
+        names = [name if name == "comment" else name.upper() for name in lost] + words
+        notes.append(f"{', '.join(names)} data left out")
     return tuple(notes)
 
 

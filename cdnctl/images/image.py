@@ -22,6 +22,8 @@ class Metadata:
     """IPTC record (captions, keywords, credits of the press), for JPEG and TIFF."""
     dpi: tuple[float, float] | None = None
     """Pixels per inch, horizontal and vertical."""
+    comment: bytes | None = None
+    """Comment of a JPEG or GIF file, for JPEG."""
     png: tuple[tuple[bytes, bytes], ...] = ()
     """Type and data of PNG chunks with text, date and colour space: PNG to PNG only."""
 

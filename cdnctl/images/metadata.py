@@ -14,6 +14,14 @@ EXIF_IFD, GPS_IFD, _INTEROP_IFD = 34665, 34853, 40965
 # software, date, artist, host, rating, copyright, and Windows' title to subject.
 _TEXT_TAGS = (270, 271, 272, 305, 306, 315, 316, 18246, 18249, 33432, *range(40091, 40096))
 _XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation\s*(?:=\s*["']|>)\s*)[1-8]""")
+_SIZE, _PIXEL_DIMENSIONS = (256, 257), (40962, 40963)  # width and height: tags of EXIF
+_OTHER_SIDE = {
+    b"exif:PixelXDimension": b"exif:PixelYDimension",
+    b"exif:PixelYDimension": b"exif:PixelXDimension",
+    b"tiff:ImageWidth": b"tiff:ImageLength",
+    b"tiff:ImageLength": b"tiff:ImageWidth",
+}
+_XMP_SIDES = re.compile(b"|".join(_OTHER_SIDE))
 EXIF_PREFIX = b"Exif\0\0"
 
 
@@ -68,6 +76,33 @@ def reset_orientation(exif: bytes | None, notes: list[str]) -> tuple[int, bytes 
 def upright_xmp(xmp: bytes) -> bytes:
     """Return an XMP packet with its orientation, if any, set to 1."""
     return _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
+
+
+def turned_exif(exif: bytes) -> bytes:
+    """Return an EXIF block with the width and the height that it tells exchanged."""
+    patched = bytearray(exif)
+    order = {b"II": "<", b"MM": ">"}[exif[:2]]
+
+    def entries(pointer: int) -> dict[int, int]:
+        """Where the entries of a directory are, by their tags."""
+        (start,) = struct.unpack_from(order + "I", exif, pointer)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        places = range(start + 2, start + 2 + 12 * count, 12)
+        return {struct.unpack_from(order + "H", exif, at)[0]: at for at in places}
+
+    first = entries(4)
+    inner = entries(first[EXIF_IFD] + 8) if EXIF_IFD in first else {}
+    for found, (width, height) in ((first, _SIZE), (inner, _PIXEL_DIMENSIONS)):
+        if width in found and height in found:
+            # All but the tag: type, count and value.
+            one, other = (slice(found[tag] + 2, found[tag] + 12) for tag in (width, height))
+            patched[one], patched[other] = exif[other], exif[one]
+    return bytes(patched)
+
+
+def turned_xmp(xmp: bytes) -> bytes:
+    """Return an XMP packet with the width and the height that it tells exchanged."""
+    return _XMP_SIDES.sub(lambda name: _OTHER_SIDE[name[0]], xmp)
 
 
 def exif_tags(exif: bytes | None) -> PIL.Image.Exif:

@@ -82,6 +82,7 @@ def decode(data: bytes, suffix: str, max_pixels: int) -> Image:
             xmp=as_bytes(info.get("xmp")),
             iptc=as_bytes(info.get("photoshop", {}).get(_IPTC_RESOURCE)),
             dpi=checked_dpi(info.get("dpi")),
+            comment=as_bytes(info.get("comment")),
             png=png.extras(data) if picture.format == "PNG" else (),
         )
         lossy = picture.format in ("JPEG", "MPO", "AVIF", "HEIF", "JPEG2000") or (
@@ -250,6 +251,8 @@ def encode(samples: np.ndarray, image: Image, suffix: str) -> bytes:
         options |= {"quality": QUALITY, "subsampling": "4:4:4"}
         if meta.iptc and len(meta.iptc) <= JPEG_SEGMENT:
             options["extra"] = _photoshop_segment(meta.iptc)
+        if meta.comment and len(meta.comment) <= JPEG_SEGMENT:
+            options["comment"] = meta.comment
     plane = samples[:, :, 0] if samples.shape[2] == 1 else samples
     return iio.imwrite(
         "<bytes>", plane, plugin="pillow", extension=suffix, is_batch=False, **options

@@ -22,6 +22,7 @@ DTYPES = {".png": ("uint8", "uint16")}
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # PNG chunks that are copied as they are: text, date and colour description.
 _COPIED = frozenset({b"tEXt", b"zTXt", b"iTXt", b"tIME", b"gAMA", b"cHRM", b"sRGB", b"cICP"})
+TEXT = frozenset({b"tEXt", b"zTXt", b"iTXt"})  # of these, text
 _XMP_KEYWORD = b"XML:com.adobe.xmp"
 
 
