@@ -66,7 +66,7 @@ def test_samples_with_their_sheet_and_their_spread(cdnctl: Run, weights: Path, p
     assert done.code == 0 and "mean of 3 samples, which differ by" in done.text
     std = np.load(place / "std.npy")
     hole = images.read(place / "hole.png").samples[..., 0] > 0
-    assert std.shape == hole.shape and (std[hole] > 0).all() and (std[~hole] == 0).all()
+    assert std.shape == hole.shape and (std[hole] > 0).all() and std[~hole].max() < 1e-6
     sheet = images.read(place / "sheet.png").samples
     assert min(sheet.shape[:2]) >= 2 * HEIGHT
     plain = cdnctl(*line, "-o", "b.png")
