@@ -47,6 +47,9 @@ def place(tmp_path_factory):
 
     save("photo.jpg", noisy(cat))
     save("in.png", noisy(cat))
+    hole = np.zeros(cat.shape[:2], np.uint8)
+    hole[40:60, 50:90] = 255
+    save("hole.png", hole)
     for i in range(3):
         crop = cat[:, 20 * i : 20 * i + 64]
         save(f"shots/day {i}/é {i}.png", noisy(crop))
@@ -97,7 +100,8 @@ def test_python(code, place):
 def test_options_named_in_the_readme_exist():
     options = set(re.findall(r"`(--[a-z-]+)", README))
     help_texts = ""
-    for command in ("denoise", "classify", "evaluate", "attack", "explain", "train"):
+    commands = ("denoise", "inpaint", "upscale", "deblur", "classify", "evaluate", "attack")
+    for command in (*commands, "explain", "train"):
         env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
         help_texts += subprocess.run(
             [sys.executable, "-m", "cdnctl", command, "--help"],
