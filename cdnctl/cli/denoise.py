@@ -42,7 +42,7 @@ from cdnctl.cli.progress import progress
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from cdnctl.restore import Restored, Settings
+    from cdnctl.restore import Deblocked, Restored, Settings
     from cdnctl.restore.batch import Batch
     from cdnctl.restore.plan import Job
 
@@ -148,7 +148,7 @@ def denoise(
     )
     models = Models(model, torch_device, class_names(wanted))
     if jpeg:
-        compared = Beside(
+        compared: Beside[Deblocked] = Beside(
             "--compare",
             compare,
             WRITE_SUFFIXES,
