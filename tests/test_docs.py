@@ -53,6 +53,9 @@ def place(tmp_path_factory):
     save("photo.jpg", noisy(cat))
     save("in.png", noisy(cat))
     save("sky.png", np.repeat(np.arange(128) < 60, 192).reshape(128, 192).astype(np.uint8) * 255)
+    hole = np.zeros(cat.shape[:2], np.uint8)
+    hole[40:60, 50:90] = 255
+    save("hole.png", hole)
     for i in range(3):
         crop = cat[:, 20 * i : 20 * i + 64]
         save(f"shots/day {i}/é {i}.png", noisy(crop))

@@ -646,6 +646,7 @@ def test_torchrun(place: Path) -> None:
         ("bench", "quality", "in", "--methods", "wavelet"),
         ("denoise", "in/00.png", "--model", "m.safetensors"),
         ("explain", "in/00.png", "-o", "why.png", "--model", "m.safetensors"),
+        ("upscale", "in/00.png", "--model", "m.safetensors"),
     ],
     ids=lambda command: command[0],
 )

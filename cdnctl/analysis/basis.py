@@ -108,7 +108,7 @@ def explained(
         start = max(0, (samples.shape[axis] - SIDE) // 2)
         samples = samples.take(range(start, min(start + SIDE, samples.shape[axis])), axis)
     height, width, channels = samples.shape
-    prior = Prior(model, (channels, height, width), model.mixture(label), gradient=True)
+    prior = Prior(model, (channels, height, width), model.mixture(label))
     y = torch.from_numpy(to_unit(samples)).permute(2, 0, 1)[None].to(model.device)
     found = basis(
         lambda t: prior(t, sigma),

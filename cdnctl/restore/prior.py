@@ -1,14 +1,11 @@
 """A model as the denoiser of whole pictures, for what denoises one again and again.
 
 The picture and what is computed of it stay in memory as a whole; only the network, which takes
-most, sees tiles. As tiles equal the whole, for the gradient too, nothing that is built on it
-knows of them: an operator may look as far as it likes.
+most, sees tiles. As tiles equal the whole, nothing that is built on it knows of them: an operator
+may look as far as it likes.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +28,8 @@ class Prior:
     """The denoiser D(y, sigma) of pictures (B, C, height, width), a `core.joint.Denoiser`.
 
     C is that of the model, or 1: gray noise is one channel's, repeated, see `View`. mixture: of
-    classes, (K,), for E[x | y, c]; None: all. tile, memory: as of `View`. gradient: whether
-    products with the Jacobian are wanted.
-
-    Where tiles must know the class scores of the whole picture, these are taken as constant in
-    the Jacobian. ImageError where memory does not suffice.
+    classes, (K,), for E[x | y, c]; None: all. tile, memory: as of `View`. ImageError where
+    memory does not suffice.
     """
 
     def __init__(
@@ -46,7 +40,6 @@ class Prior:
         *,
         tile: int | None = None,
         memory: int | None = None,
-        gradient: bool = False,
     ):
         """shape: C, height, width."""
         channels, self.height, self.width = shape
@@ -67,7 +60,7 @@ class Prior:
             )
         rest = None if memory is None else memory - held
         extended = tuple(n + -n % needs.multiple for n in (self.height, self.width))
-        self.tiles = plan_tiles(model, extended[0], extended[1], tile, rest, gradient)
+        self.tiles = plan_tiles(model, extended[0], extended[1], tile, rest)
         self.cells = extended[0] * extended[1] // needs.multiple**2
 
     @property
@@ -76,14 +69,17 @@ class Prior:
         return self.model.sigma_range[1] / self.repeat**0.5
 
     def __call__(self, y: Tensor, sigma: Tensor | float) -> Tensor:
-        """E[x | y], like y; differentiable."""
+        """E[x | y], like y; differentiable, if it is one tile."""
         told = sigma * self.repeat**0.5
         extended = mirrored(y, self.model.needs.multiple)
         if len(self.tiles) == 1:
             out = self._pass(extended, told, None)
         else:
             whole = self._whole(extended, told)
-            out = _InTiles.apply(extended, lambda t: self._pass(t, told, whole), self.tiles)
+            out = torch.empty_like(extended)
+            for tile in self.tiles:
+                part = self._pass(extended[(..., *tile.read)], told, whole)
+                out[(..., *tile.place)] = part[(..., *tile.core)]
         return out[..., : self.height, : self.width]
 
     def _pass(self, y: Tensor, told: Tensor | float, whole: Whole | None) -> Tensor:
@@ -107,31 +103,3 @@ class Prior:
         )
         logits = network.logits_of(mean.float().to(y.device))
         return Whole(self.cells, logits.softmax(0))
-
-
-class _InTiles(torch.autograd.Function):
-    """A function of (B, C, H, W) to the same, tile by tile. Its gradient computes each tile
-    again, so that the graph of one tile at a time is in memory."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, function: Callable[[Tensor], Tensor], plan: Sequence[tiles.Tile]
-    ) -> Tensor:
-        ctx.save_for_backward(y)
-        ctx.function, ctx.plan = function, plan
-        out = torch.empty_like(y)
-        for tile in plan:
-            out[(..., *tile.place)] = function(y[(..., *tile.read)])[(..., *tile.core)]
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
-        (y,) = ctx.saved_tensors
-        total = torch.zeros_like(y)
-        for tile in ctx.plan:
-            with torch.enable_grad():
-                leaf = y[(..., *tile.read)].detach().requires_grad_()
-                out = ctx.function(leaf)[(..., *tile.core)]
-            total[(..., *tile.read)] += torch.autograd.grad(out, leaf, v[(..., *tile.place)])[0]
-        return total, None, None

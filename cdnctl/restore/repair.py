@@ -33,9 +33,6 @@ from cdnctl.restore.samples import is_gray, on_own_scale, on_unit_scale, sample_
 from cdnctl.restore.view import OutOfMemory, out_of_memory
 from cdnctl.sampling import geometric
 
-# Products with the Jacobian per step: with those of a denoiser that is no gradient, more than 3
-# lead nowhere, see `Guided`.
-EXACT = 3
 STIRS = 12  # steps at the first level, without which draws lack variance, see `sampling.stir`
 FACTORS = (2, 3, 4)
 ALPHA = "alpha"  # stands for a mask: what is wholly transparent is missing
@@ -97,7 +94,6 @@ class Repair(ABC):
     settings: Settings
     name: ClassVar[str]
     first: ClassVar[float]  # noise level of the first step without samples, in [0, 1] pixel units
-    last: ClassVar[float] = 1 / images.PEAK  # of the last, at least; the noise may be more
 
     @property
     @abstractmethod
@@ -168,9 +164,8 @@ class Repair(ABC):
             mixture,
             tile=settings.tile,
             memory=settings.memory,
-            gradient=True,
         )
-        guided = Guided(prior, problem.operator, problem.measured, problem.noise, EXACT)
+        guided = Guided(prior, problem.operator, problem.measured, problem.noise)
         try:
             found = list(self._solved(guided, prior, watch))
         except (MemoryError, RuntimeError) as error:
@@ -199,7 +194,8 @@ class Repair(ABC):
         """The draws, or what is found without."""
         settings = self.settings
         first = prior.highest if settings.samples else min(self.first, prior.highest)
-        sigmas = geometric(first, min(self.last, first / 2), settings.steps)
+        last = min(max(1 / images.PEAK, guided.noise), first / 2)
+        sigmas = geometric(first, last, settings.steps)
         if not settings.samples:
             yield reconstruct(guided, sigmas, watch=watch)
             return
