@@ -97,7 +97,9 @@ def test_python(code, place):
 def test_options_named_in_the_readme_exist():
     options = set(re.findall(r"`(--[a-z-]+)", README))
     help_texts = ""
-    for command in ("denoise", "classify", "evaluate", "attack", "explain", "train"):
+    for command in (
+        *("denoise", "classify", "evaluate", "attack", "certify", "explain", "sample", "train"),
+    ):
         env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
         help_texts += subprocess.run(
             [sys.executable, "-m", "cdnctl", command, "--help"],

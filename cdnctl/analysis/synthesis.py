@@ -9,6 +9,7 @@ pictures, which is about 1/4 a pixel but more in means over many, y is next to p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from math import inf, isfinite
 
 import torch
@@ -67,6 +68,9 @@ def draw(
     def denoise(y: Tensor, sigma: Tensor | float) -> Tensor:
         return y + network.correction(y, sigma, mixture)[0]
 
+    def tell(first: int, size: int, share: float) -> None:
+        watch((first + share * size) / count)
+
     # Of an endless range, as of a model that was told of none, what is far above any picture.
     sigmas = geometric(min(highest, 10 * LEAST), LOWEST, steps)
     ratio = sigmas[-1] / sigmas[0] if steps == 1 else sigmas[1] / sigmas[0]
@@ -82,6 +86,6 @@ def draw(
             sigmas,
             beta,
             generator,
-            lambda share, first=first, size=size: watch((first + share * size) / count),
+            partial(tell, first, size),
         )
         yield from done
