@@ -87,8 +87,9 @@ class Model(nn.Module):
 
     def ensemble(self, count: int) -> Model:
         """The mean of this model over ``count`` symmetries: 2, left and right exchanged, or 8,
-        quarter turns too. It has everything that the model has, a density too, and takes ``count``
-        times as long. With 1 it is the model itself. UsageError for another number."""
+        quarter turns too (classes are told of the first two). It has everything that the model
+        has, a density too, and takes ``count`` times as long. With 1 it is the model itself.
+        UsageError for another number."""
         module = ensemble(self.module, count)
         return self if module is self.module else Model(module, self.header, self.path)
 

@@ -9,6 +9,7 @@ pictures, which is about 1/4 a pixel but more in means over many, y is next to p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from math import inf, isfinite
 
 import torch
@@ -67,6 +68,9 @@ def draw(
     def denoise(y: Tensor, sigma: Tensor | float) -> Tensor:
         return y + network.correction(y, sigma, mixture)[0]
 
+    def tell(first: int, size: int, share: float) -> None:
+        watch((first + share * size) / count)
+
     # Of an endless range, as of a model that was told of none, what is far above any picture.
     sigmas = geometric(min(highest, 10 * LEAST), LOWEST, steps)
     ratio = sigmas[-1] / sigmas[0] if steps == 1 else sigmas[1] / sigmas[0]
@@ -75,9 +79,13 @@ def draw(
     side, channels = model.header.patch, model.needs.channels
     for first in range(0, count, BATCH):
         size = min(BATCH, count - first)
-
-        def told(share: float, first: int = first, size: int = size) -> None:
-            watch((first + share * size) / count)
-
         noise = torch.randn((size, channels, side, side), generator=generator, device=model.device)
-        yield from sample(denoise, 0.5 + sigmas[0] * noise, sigmas, beta, generator, told)
+        done = sample(
+            denoise,
+            0.5 + sigmas[0] * noise,
+            sigmas,
+            beta,
+            generator,
+            partial(tell, first, size),
+        )
+        yield from done

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from cdnctl.cli import (
     attack,
     bench,
+    certify,
     classify,
     deblur,
     denoise,
@@ -60,7 +61,7 @@ app = typer.Typer(
 PANELS = {  # of the help, in its order: the modules whose commands it shows
     "Restore": (denoise, inpaint, upscale, deblur),
     "Understand": (classify, explain, noise, sample),
-    "Measure": (evaluate, attack, ood, bench),
+    "Measure": (evaluate, attack, certify, ood, bench),
     "Models": (train, models, doctor),
     "Fields": (field,),
 }

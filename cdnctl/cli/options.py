@@ -112,6 +112,15 @@ EnsembleOption = Annotated[
         help="Mean over 2 (left and right) or 8 flips and turns: better, as many times slower.",
     ),
 ]
+Draws = Annotated[
+    int, typer.Option("--draws", min=10, help="Noises to certify by: more certify a larger radius.")
+]
+Confidence = Annotated[
+    float,
+    typer.Option(
+        "--confidence", min=0.5, max=0.999999, help="With which a certificate is to hold."
+    ),
+]
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Look into folders' folders.")]
 MaxMegapixels = Annotated[
     int | None,
