@@ -534,10 +534,10 @@ def test_memory_that_runs_out_while_reading_costs_that_file(
     write(tmp_path / "in" / "large.png", noisy_picture(30, 30))
     measured = noise_level
 
-    def greedy(image: Image, sigma: float | None) -> Level:
+    def greedy(image: Image, sigma: float | None, **options: Any) -> Level:
         if image.samples.shape[0] == 30:
             raise MemoryError
-        return measured(image, sigma=sigma)
+        return measured(image, sigma=sigma, **options)
 
     monkeypatch.setattr("cdnctl.restore.denoise.noise_level", greedy)
     jobs = plan([tmp_path / "in"], tmp_path / "out", False)
