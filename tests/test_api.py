@@ -159,6 +159,7 @@ def small(channels: int = 3, height: int = 7, width: int = 9) -> Tensor:
     return batch(2, height, width)[:, :channels].double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch, name", EVERY)
 @pytest.mark.parametrize("norm", NORMS, ids=lambda n: n["norm"])
 @pytest.mark.parametrize("shape", [(3, 7, 9), (3, 8, 12), (1, 7, 9)], ids=str)

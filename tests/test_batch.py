@@ -686,6 +686,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Path, byt
     return place, alone
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=8)
 @given(st.data())
 def test_neither_neighbours_nor_order_change_a_bit(
@@ -712,6 +713,7 @@ def test_batches_are_filled(many: tuple[Path, dict[Path, bytes]]) -> None:
     assert batch_size(20, 24) > 5 and batch_size(90, 120) > 2 and batch_size(270, 260) == 1
 
 
+@pytest.mark.slow
 def test_as_many_at_once_as_the_network_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -335,6 +335,7 @@ class Outputs(nn.Module):
         return tuple(out for out in outputs(self.net, y, sigma).values() if out.numel())
 
 
+@pytest.mark.slow
 @each
 def test_training_gradients(net: Any) -> None:
     net = net.double().requires_grad_(True)

@@ -307,6 +307,7 @@ def test_shares_of_components(seed: int) -> None:
 # -- pictures from it -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_reconstruction_goes_to_the_posterior_mean(operator: Operator, noise: float) -> None:
     """With v / (v + sigma^2) of every deviation left per step, v the posterior variance."""

@@ -102,6 +102,7 @@ def reports(out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
+@pytest.mark.slow
 def test_models_side_by_side(tmp_path: Path, measure: Measure) -> None:
     options = ("--sigma", "0:50:25", "--limit", 4)
     code, out, _ = measure("evaluate", *MODELS, *options, "--json", "--csv", "rows.csv")
@@ -238,6 +239,7 @@ def test_plot(tmp_path: Path, measure: Measure) -> None:
     assert not (tmp_path / "new.png").exists()
 
 
+@pytest.mark.slow
 def test_attacks(tmp_path: Path, measure: Measure) -> None:
     options = ("--radius", "linf:0,2,l2:0.1", "--steps", 3, "--restarts", 2, "--json")
     code, out, _ = measure("attack", *MODELS[:4], *options, "--sigma", "0,25", "--limit", 5)

@@ -428,6 +428,7 @@ def test_one_class_keeps_the_reach() -> None:
     assert change.any() and not change[r + 1 :].any() and not change[:, r + 1 :].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch,config", LOCAL_NETS, ids=label)
 def test_a_tile_is_treated_as_part_of_the_whole(arch: str, config: NetConfig) -> None:
     """Away from its borders a tile, cut at multiples, gives what the whole picture gives."""

@@ -314,6 +314,7 @@ def test_strength_zero_gives_every_sample_of_a_file_back(
     np.testing.assert_array_equal(found, upright(samples, orientation))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 999), st.sampled_from([2, 4]), st.floats(0.05, 0.95))
 def test_what_is_transparent_draws_no_fringe(
