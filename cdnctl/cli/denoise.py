@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -191,7 +191,7 @@ def _write_uncertainty(
 
 
 def _write_comparison(
-    job: Job, path: Path, batch: Batch[Restored], scale: tuple[float, float] | None
+    job: Job, path: Path, batch: Batch[Any], scale: tuple[float, float] | None
 ) -> None:
     """The input beside the output, both as they are in their files."""
     from cdnctl import images
