@@ -65,7 +65,7 @@ def deblur(
     ],
     output_name: Output = None,
     noise: NoiseOption = 2.0,
-    steps: Steps = 20,
+    steps: Steps = 10,
     samples: Samples = None,
     sheet: Sheet = None,
     uncertainty: Spread = None,
