@@ -25,6 +25,7 @@ class Printer:
     def __init__(self, settings: Settings, as_json: bool, quiet: bool):
         self.target = settings.target
         self.estimated = settings.sigma is None
+        self.profiled = not isinstance(settings.noise, str)
         self.as_json, self.quiet = as_json, quiet
 
     def result(self, source: Path, output: Path, restored: Restored, seconds: float) -> None:
@@ -62,7 +63,7 @@ class Printer:
             }
             print(json.dumps(record), file=stream, flush=True)
         elif not self.quiet:
-            how = "estimated" if self.estimated else "given"
+            how = "given" if not self.estimated else "profile" if self.profiled else "estimated"
             where = f"{shown(source)} -> {shown(output)}"
             parts = [where, f"sigma {level:.1f} ({how})", f"model {model.name}"]
             if restored.noise is not None and not restored.noise.is_white:
