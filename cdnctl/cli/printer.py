@@ -106,6 +106,7 @@ class DenoisePrinter(Printer["Restored"]):
         super().__init__(as_json, quiet)
         self.target = settings.target
         self.estimated = settings.sigma is None
+        self.profiled = not isinstance(settings.noise, str)
 
     def warnings(self, result: Restored) -> list[str]:
         """Of noise that the model was not trained on."""
@@ -133,7 +134,7 @@ class DenoisePrinter(Printer["Restored"]):
 
     def words(self, result: Restored) -> list[str]:
         """See `Printer`."""
-        how = "estimated" if self.estimated else "given"
+        how = "given" if not self.estimated else "profile" if self.profiled else "estimated"
         parts = [f"sigma {result.sigma * PEAK:.1f} ({how})", f"model {result.model.name}"]
         if result.noise is not None and not result.noise.is_white:
             parts.insert(0, result.noise.summary())
