@@ -21,7 +21,6 @@ from cdnctl.inverse.jpeg import box_of
 from cdnctl.inverse.operators import Convolution, gaussian, motion
 from cdnctl.restore import Deblock, Deblur, Inpaint, Repair, Repaired, RepairSettings, Upscale
 from cdnctl.restore.prior import Prior
-from cdnctl.restore.repair import smoothly_filled
 
 STD = 0.25  # of the pixels of the Gaussian model, whose mean is 1/2
 
@@ -310,20 +309,3 @@ def test_what_is_no_jpeg_has_no_blocks(tmp_path: Path) -> None:
     path = write(tmp_path / "a.png")
     with pytest.raises(ImageError, match=r"a\.png' is no JPEG file"):
         Deblock().prepare(images.read(path), str(path), path.read_bytes())
-
-
-def test_holes_are_filled_from_what_is_around_them() -> None:
-    """At first: within the range of what is known, which stays; a flat picture stays flat."""
-    g = torch.Generator().manual_seed(0)
-    for height, width in ((17, 30), (1, 9)):
-        pixels = torch.rand(1, 3, height, width, generator=g)
-        known = torch.rand(height, width, generator=g) < 0.4
-        known[0, 0] = True
-        filled = smoothly_filled(pixels * known, known)
-        assert torch.equal(filled[..., known], pixels[..., known])
-        for c in range(3):
-            of_known = pixels[0, c, known]
-            assert of_known.min() - 1e-6 <= filled[0, c].min()
-            assert filled[0, c].max() <= of_known.max() + 1e-6
-        flat = smoothly_filled(0.3 * torch.ones(1, 1, height, width) * known, known)
-        torch.testing.assert_close(flat, torch.full_like(flat, 0.3))

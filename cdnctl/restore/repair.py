@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import interpolate
 
 from cdnctl import images
 from cdnctl.api import Model
@@ -188,10 +188,6 @@ class Repair(ABC):
         rms = missed.square().mean().sqrt().item()
         return Repaired(result, model, problem.noise, rms, draws)
 
-    def start(self, guided: Guided) -> Tensor | None:
-        """Where to start without samples, (1, C, H, W); None: from what the measurement tells."""
-        return None
-
     def _solved(
         self, guided: Guided, prior: Prior, watch: Callable[[float], None]
     ) -> Iterator[Tensor]:
@@ -201,7 +197,7 @@ class Repair(ABC):
         last = min(max(1 / images.PEAK, guided.noise), first / 2)
         sigmas = geometric(first, last, settings.steps)
         if not settings.samples:
-            yield reconstruct(guided, sigmas, self.start(guided), watch)
+            yield reconstruct(guided, sigmas, watch=watch)
             return
         device = guided.measured.device
         generator = torch.Generator(device).manual_seed(settings.seed)
@@ -241,12 +237,6 @@ class Inpaint(Repair):
         operator = Mask(torch.from_numpy(~self._hole(image)).to(device))
         operator.shape(pixels.shape)
         return _Problem(operator, operator.apply(pixels), _shape(pixels), self.settings.noise)
-
-    def start(self, guided: Guided) -> Tensor:
-        """Holes filled smoothly: gray in the middle of a large one would stay."""
-        operator = guided.operator
-        assert isinstance(operator, Mask)
-        return smoothly_filled(guided.measured, operator.known)
 
     def finished(self, image: Image, pixels: np.ndarray) -> Image:
         """What was filled can be seen, if it was missing for being transparent."""
@@ -347,22 +337,6 @@ class Deblur(Repair):
     def finished(self, image: Image, pixels: np.ndarray) -> Image:
         """All of it is new."""
         return image.with_samples(images.from_unit(pixels, image.dtype))
-
-
-def smoothly_filled(pixels: Tensor, known: Tensor) -> Tensor:
-    """Pixels (1, C, H, W) with those that are not ``known``, (H, W), taken from coarser and coarser
-    means of known ones, joined smoothly."""
-    weight = known.to(pixels).expand_as(pixels[:, :1])
-    if weight.all() or not weight.any():
-        return pixels
-    height, width = pixels.shape[-2:]
-    share, total = (
-        avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in (weight, pixels * weight)
-    )
-    coarse = total / share.clamp_min(1e-6)
-    coarse = smoothly_filled(coarse, share[0, 0] > 0)
-    fine = interpolate(coarse, size=(height, width), mode="bilinear")
-    return torch.where(weight > 0, pixels, fine)
 
 
 def _check_hole(hole: np.ndarray) -> None:
