@@ -17,19 +17,21 @@ WINDOW = 15  # pixels; large enough for a mean, small enough to find the place
 # Standard deviations that a window of pure noise may lie above sigma^2: none does in 100
 # megapixels.
 SPREAD = 8.0
-FAR = 4.0  # at this many times the limit's root nothing is left of a change, from half of it on
+# At this many times the limit's root nothing is left of a change. Little is won by what a model
+# says of a picture that it does not know, and scaled to the limit it may still be all wrong.
+FAR = 1.5
 
 
 def held_back(
     correction: Tensor, sigma: Tensor | float, step: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """A correction D - y, (B, C, H, W), scaled to the size that sigma allows, and the factor,
+    """A correction D - y, (B, C, H, W), where sigma allows it, and the factor that it took,
     (B, 1, H, W) in [0, 1].
 
     sigma: float or (B,), in the unit of the picture. step: the distance of two values that a
     sample can have, whose rounding is noise as well. Where the mean square over a window
-    exceeds the limit L, the correction is scaled to it; beyond 4 L it fades out, until at 16 L
-    the input is left. Values that are not finite stay so.
+    exceeds the limit L, the correction fades out, until at FAR^2 L the input is left. Values that
+    are not finite stay so.
     """
     square = correction.detach().square().mean(1, keepdim=True)
     power = _around(square)
@@ -40,8 +42,8 @@ def held_back(
     limit = variance * (1 + SPREAD * (2 / count).sqrt())
     # Without noise the limit may be zero, and so may a correction.
     ratio = limit / power.clamp_min(limit).clamp_min(torch.finfo(limit.dtype).tiny)
-    near, far = (2 / FAR) ** 2, 1 / FAR**2
-    factor = ratio.sqrt() * ((ratio - far) / (near - far)).clamp(0, 1)
+    far = 1 / FAR**2
+    factor = ratio.sqrt() * ((ratio - far) / (1 - far)).clamp_min(0)
     return factor * correction, factor
 
 
