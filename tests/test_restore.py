@@ -115,7 +115,8 @@ def test_what_the_class_changes(model: Model, size: tuple[int, int], channels: i
     free = restore(exact(y), model, Settings(SIGMA, strength=0.5))
     difference = told.image.pixels - free.image.pixels
     assert free.class_change is None and told.class_change is not None
-    assert told.class_change == pytest.approx(np.sqrt(np.mean(difference**2)), rel=1e-3)
+    # The guard may weaken the two results by not quite the same.
+    assert told.class_change == pytest.approx(np.sqrt(np.mean(difference**2)), rel=5e-3)
     assert told.class_change > 1e-5
 
 

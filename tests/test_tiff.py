@@ -121,7 +121,7 @@ def test_bigtiff_is_tiff(byteorder):
         )
         found.append(read_bytes(out.getvalue()))
     assert_same(*found)
-    assert found[0].metadata == found[1].metadata and found[1].metadata.dpi == (300, 150)
+    assert found[0].metadata == found[1].metadata and found[1].metadata.dpi == (150, 300)
     assert found[1].pixels.shape == (7, 5, 3) and b"Maker" in found[1].metadata.exif
 
 
