@@ -212,6 +212,8 @@ def _model(found: Sequence[_Octave], channels: int, emptied: float, camera: bool
             other = levels[0, j + 1] if axis else 0.0
             row[j + 1] = min(row[j + 1], max(most * row[j], other))
     levels[levels < 1e-4] = 0
+    if white is None:
+        confidence *= _colourful(levels)
     return Noise(
         tuple(tones.tolist()),
         tuple(shape.tolist()),
@@ -228,6 +230,22 @@ def _white(levels: Array) -> float | None:
     if coarse > _WHITE * fine or not fine / _WHITE <= levels[0, 0] <= 2.5 * fine:
         return None
     return float(min(fine, np.sqrt((levels[:, 0] ** 2).mean())))
+
+
+def _colourful(levels: Array) -> float:
+    """How much of a confidence the colour of (axes, octaves) leaves, 0 to 1.
+
+    A sensor's pixels see one colour each, so its noise has colour; whatever smooths chroma
+    afterwards leaves that of four pixels and more. Grass and gravel are all luma, and where that
+    would be strong noise, which nothing else tells from them, colour decides. Constants as in
+    `_confidence`.
+    """
+    if len(levels) == 1:
+        return 1.0
+    chroma = float(np.sqrt((levels[1:, 2] ** 2).mean()))
+    strong = np.clip((PEAK * levels[0, 1] - 8) / 6, 0, 1)
+    colour = np.clip((chroma / max(float(levels[0, 2]), 1e-9) - 0.2) / 0.2, 0, 1)
+    return float(1 - strong * (1 - colour))
 
 
 def _confidence(
