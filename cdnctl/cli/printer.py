@@ -135,9 +135,12 @@ class DenoisePrinter(Printer["Restored"]):
     def words(self, result: Restored) -> list[str]:
         """See `Printer`."""
         how = "given" if not self.estimated else "profile" if self.profiled else "estimated"
-        parts = [f"sigma {result.sigma * PEAK:.1f} ({how})", f"model {result.model.name}"]
+        sigma = f"{result.sigma * PEAK:.1f}"
+        parts = [f"sigma {sigma} ({how})", f"model {result.model.name}"]
         if result.noise is not None and not result.noise.is_white:
-            parts.insert(0, result.noise.summary())
+            # Not the level of a pixel, which the summary gives: grain takes a higher one.
+            by = " of the profile" if self.profiled else ""
+            parts[0] = f"{result.noise.summary()}, taken out at sigma {sigma}{by}"
         best = next(iter(result.posterior.items()), None)
         if best is not None and (best[1] >= 0.5 or self.target == "auto"):
             parts.append(f"most probable class {best[0]} ({best[1]:.0%})")
