@@ -17,7 +17,6 @@ import PIL.ImageFont
 from cdnctl.images import Image, Metadata, from_unit, to_unit
 
 LEAST, MOST = 448, 2048  # pixels of a map's longer side: room for its text, and no more than seen
-SHOWN, GAP = 96, 4  # pixels: of a small picture on a contact sheet, and between two
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 FOR, AGAINST = np.array([0.85, 0.1, 0.1]), np.array([0.1, 0.25, 0.9])
@@ -165,7 +164,8 @@ def contact_sheet(
 def gallery(cells: Sequence[tuple[str, Image]], columns: int | None = None) -> Image:
     """Pictures of one size with their names above, row by row; small ones are enlarged.
 
-    columns: of the sheet; None: as many as make it about as wide as high.
+    columns: of the sheet; None: as many as make it about as wide as high. Without any name there
+    is no room for one.
     """
     columns = columns or math.ceil(math.sqrt(len(cells)))
     rows = math.ceil(len(cells) / columns)
@@ -174,31 +174,20 @@ def gallery(cells: Sequence[tuple[str, Image]], columns: int | None = None) -> I
     scale = MOST / side if side > MOST else max(1, MOST // 2 // side)
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
     font = _font(LEAST)
-    head, gap = _line(font) * 3 // 2, max(2, width // 40)
-    sheet = PIL.Image.new("RGB", (columns * (width + gap) - gap, rows * (height + head)), PAPER)
+    named = any(name for name, _ in cells)
+    gap = max(2, width // 40)
+    head = _line(font) * 3 // 2 if named else gap
+    sheet_height = rows * (height + head) - (0 if named else gap)
+    sheet = PIL.Image.new("RGB", (columns * (width + gap) - gap, sheet_height), PAPER)
     draw = PIL.ImageDraw.Draw(sheet)
     for i, (name, image) in enumerate(cells):
         left, top = i % columns * (width + gap), i // columns * (height + head)
-        draw.text((left + head // 8, top + head // 8), _cut(name, font, width), INK, font)
+        if named:
+            draw.text((left + head // 8, top + head // 8), _cut(name, font, width), INK, font)
+            top += head
         picture = from_unit(fitted(image, height, width), np.dtype(np.uint8))
-        sheet.paste(PIL.Image.fromarray(picture), (left, top + head))
+        sheet.paste(PIL.Image.fromarray(picture), (left, top))
     return Image(np.asarray(sheet))
-
-
-def mosaic(pictures: Sequence[np.ndarray]) -> Image:
-    """Small pictures of one size, (H, W, C) each in [0, 1], in rows of a square or nearly so,
-    enlarged by a whole factor."""
-    height, width, channels = pictures[0].shape
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    factor = max(1, min(math.ceil(SHOWN / max(height, width)), MOST // (columns * width)))
-    gap = max(1, GAP // factor)
-    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
-    sheet = np.ones(shape, np.float32)
-    for i, pixels in enumerate(pictures):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = pixels
-    return Image.of(sheet.repeat(factor, 0).repeat(factor, 1))
 
 
 def _rgb(image: Image) -> PIL.Image.Image:

@@ -15,7 +15,8 @@ from torch import Tensor
 from cdnctl.analysis.synthesis import LOWEST, draw
 from cdnctl.api import Model
 from cdnctl.errors import UnknownClassError, UsageError
-from cdnctl.figures import mosaic
+from cdnctl.figures import gallery
+from cdnctl.images import Image
 from cdnctl.sampling import geometric, mode_variance
 
 HIGH = 6.0
@@ -82,11 +83,13 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 5, 9])
 def test_a_sheet_holds_every_picture(count: int) -> None:
     pictures = [np.full((8, 8, 3), (i + 1) / 20, np.float32) for i in range(count)]
-    samples = mosaic(pictures).samples
+    samples = gallery([("", Image.of(pixels)) for pixels in pictures]).samples
+    side = 8 * (1024 // (8 * int(np.ceil(count**0.5))))
     for pixels in pictures:
         level = np.rint(pixels[0, 0, 0] * 255)
-        assert (samples == level).all(2).sum() == 96 * 96  # enlarged by 12
-    assert mosaic([np.zeros((32, 32, 1), np.float32)] * 1000).samples.shape[2] == 1
+        assert (samples == level).all(2).sum() == side**2  # enlarged by a whole factor
+    many = gallery([("", Image.of(np.zeros((32, 32, 1), np.float32)))] * 1000).samples
+    assert (many == 0).all(2).sum() == 1000 * 32**2
 
 
 # -- the command ------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def sample(
     from cdnctl import images
     from cdnctl.analysis.synthesis import draw
     from cdnctl.api import load
-    from cdnctl.figures import mosaic
+    from cdnctl.figures import gallery
 
     stem = "sample" if label == "none" else label
     digits = len(str(count - 1))
@@ -107,7 +107,9 @@ def sample(
         ]
     seconds = time.monotonic() - started
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    pictures = [images.Image.of(pixels) for pixels in drawn] if into else [mosaic(drawn)]
+    pictures = [images.Image.of(pixels) for pixels in drawn]
+    if not into:
+        pictures = [gallery([("", picture) for picture in pictures])]
     for path, picture in zip(paths, pictures, strict=True):
         images.write(picture, path, overwrite=overwrite)
         if as_json:
