@@ -170,7 +170,7 @@ CAMERA = Noise(
     (0.0, 0.4, 1.0),
     (1.3, 1.0, 0.7),
     ((0.05, 0.1, 0.09, 0.08), (0.04, 0.12, 0.15, 0.14), (0.04, 0.12, 0.15, 0.14)),
-    0.9,
+    0.7,
 )
 
 
@@ -189,7 +189,7 @@ def test_what_was_measured_is_told(model: Model) -> None:
     view = View(model, y, Level(0.07, CAMERA))
     told = view.hears(torch.from_numpy(y.transpose(2, 0, 1))[None])
     assert isinstance(told, Told) and told.sigma.item() == pytest.approx(view.sigma)
-    assert view.sigma == pytest.approx(0.9 * CAMERA.sigma)
+    assert view.sigma == pytest.approx(CAMERA.share * CAMERA.sigma)
     want = np.log(np.array(CAMERA.levels)[:2] / CAMERA.sigma)
     np.testing.assert_allclose(told.spectrum[0].numpy(), want, atol=1e-6)
     tone = y[:5, :5].mean()

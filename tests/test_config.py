@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cdnctl.errors import ConfigError
+from cdnctl.models import REGISTRY, Architecture, Needs, Network
 from cdnctl.training.config import DataConfig, TrainConfig, bounds, load, override, parse
+
+
+@dataclass(frozen=True)
+class Inner:
+    blocks: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+
+
+class Net(Network):
+    def __init__(self, config: Outer):
+        super().__init__(Needs(3, len(config.inner.blocks)))
+
+
+Nested = Architecture(Outer, Net, Outer(), "denoising")
 
 
 def test_defaults_are_a_sound_config() -> None:
@@ -147,6 +167,17 @@ def test_keys_set_anew() -> None:
     )
     assert override(changed, ["optim.steps=8", "optim.steps=9"]).optim.steps == 9
     assert override(changed, []) == changed
+
+
+def test_a_key_of_a_section_in_a_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a network that is made of two."""
+    monkeypatch.setitem(REGISTRY, "nested", Nested)  # type: ignore[arg-type]
+    config = parse({"model": {"arch": "nested", "inner": {"blocks": [1, 2]}}})
+    changed = override(config, ["model.inner.blocks=[3, 4]", "optim.steps=7"])
+    assert changed.model["inner"] == {"blocks": [3, 4]} and changed.optim.steps == 7
+    for wrong in ("model.outer.blocks=1", "model.inner.blocks.x=1", "model.inner=1"):
+        with pytest.raises(ConfigError):
+            override(config, [wrong])
 
 
 @pytest.mark.parametrize(

@@ -403,7 +403,7 @@ def test_save_and_load_to_the_bit(arch: str, tmp_path: Path) -> None:
     shape = asdict(EVERY[arch].example)
     header = Header(arch, arch, shape, classes_of(arch), (0.0, 0.25), 16)
     torch.manual_seed(0)
-    net = build_module(header)
+    net = build_module(header).eval()
     path = tmp_path / "net.safetensors"
     save_model(path, net.state_dict(), header)
     again, read = load_model(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -255,3 +256,64 @@ def test_two_processes_are_one_on_the_joined_batch(
     x, y = load_file(whole / "last" / MODEL), load_file(both / "last" / MODEL)
     for key, value in x.items():
         torch.testing.assert_close(y[key], value, rtol=1e-3, atol=1e-4)
+
+
+FRAMES: dict[str, dict[str, Any]] = {
+    "model": {
+        "arch": "scattering",
+        "widths": [4, 6],
+        "rho": "phases",
+        "maps": "real",
+        "frames": 2,
+        "angles": 3,
+    },
+    "optim": {"kind": "sgd", "lr": 0.05, "weight_decay": 0.3},
+    "loss": {"score": 0.0, "classes": 1.0},
+}
+
+
+def frames_run(folder: Path, datasets: list[Path], **options: Any) -> Outcome:
+    raw = tiny_config().to_dict() | {"model": FRAMES["model"]}
+    raw = raw | {key: raw[key] | FRAMES[key] for key in ("optim", "loss")}
+    return train(folder, config=parse(raw), datasets=datasets, device=CPU, **options)
+
+
+def test_a_network_that_remembers_its_features_goes_on_where_it_stopped(
+    datasets: list[Path], tmp_path: Path
+) -> None:
+    """By plain gradient descent; its statistics belong to its weights and to their average."""
+    frames_run(tmp_path / "whole", datasets)
+    stops = iter([False, False, True])
+    frames_run(tmp_path / "parts", datasets, should_stop=lambda: next(stops))
+    train(tmp_path / "parts", device=CPU)
+    same_to_the_bit(tmp_path / "whole", tmp_path / "parts")
+    saved = state_of(tmp_path / "whole")
+    statistics = [k for k in saved if k.startswith("model.") and k.endswith(".variance")]
+    assert len(statistics) >= 3
+    for key in statistics:
+        average = saved[key.replace("model.", "ema.", 1)]
+        assert not torch.allclose(saved[key], torch.ones_like(saved[key]), atol=0.01)
+        assert not torch.equal(saved[key], average)
+    weights = load_file(tmp_path / "whole" / "last" / MODEL)
+    assert {k for k in weights if k.endswith(".variance")} == {
+        k.removeprefix("model.") for k in statistics
+    }
+
+
+def test_frames_stay_tight_and_keep_their_size(datasets: list[Path], tmp_path: Path) -> None:
+    """Steps without a gradient leave them where the Parseval steps put them; all else decays."""
+    raw = tiny_config().to_dict() | {"model": FRAMES["model"]}
+    raw = raw | {"optim": raw["optim"] | FRAMES["optim"]}
+    raw["loss"] = raw["loss"] | {"score": 0.0, "classes": 0.0}
+    train(tmp_path / "run", config=parse(raw), datasets=datasets, device=CPU)
+    saved = state_of(tmp_path / "run")
+    torch.manual_seed(0)
+    for key, value in saved.items():
+        if key.startswith("model.") and key.endswith("frame.atoms"):
+            values = torch.linalg.svdvals(value)
+            assert torch.allclose(values, torch.ones_like(values), atol=1e-3)
+        if key.startswith("model.") and key.endswith("map.weight"):
+            small = torch.linalg.svdvals(value).min()
+            assert small > 0.9  # 10 steps of weight decay alone would leave 0.87
+    head = saved["model.head.linear.weight"]
+    assert head.std() < 0.93 * head.shape[1] ** -0.5

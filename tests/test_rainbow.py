@@ -53,7 +53,7 @@ class Told(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net.class_scores(x, 0.0)
+        return self.net.logits(x, 0.0)
 
 
 NETS = {
@@ -69,7 +69,7 @@ NETS = {
 
 def outputs(net: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return net.class_scores(x, 0.0) if isinstance(net, Scattering) else net(x)
+        return net.logits(x, 0.0) if isinstance(net, Scattering) else net(x)
 
 
 def made(name: str) -> tuple[nn.Module, list[Tensor]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cdnctl.core.joint import Corrector, HasPosterior
 from cdnctl.core.thresholds import relu_moments, soft_moments
 from cdnctl.models.channels import ChannelMap, Channels, Standardise, channel_norm
 from cdnctl.models.frames import TightFrame, bases, concentrate, parseval
@@ -50,7 +51,7 @@ def network(kind: str, double: bool = True) -> Scattering | FixedScattering:
     net = net.double() if double else net
     net.train()
     for _ in range(60):
-        net.class_scores(pictures(4, double=double), 0.1)
+        net.logits(pictures(4, double=double), 0.1)
     return net.eval()
 
 
@@ -257,18 +258,20 @@ def test_factorised_filters_come_in_both_signs() -> None:
 @pytest.mark.parametrize("kind", [*KINDS, *FIXED])
 def test_networks_keep_the_contract_of_a_classifier(kind: str) -> None:
     net = network(kind)
-    assert net.classifies and not net.denoises
+    assert isinstance(net, HasPosterior) and not isinstance(net, Corrector)
     y, sigma = pictures(), torch.tensor([0.1, 0.2])
-    logits = net.class_scores(y, sigma)
+    logits = net.logits(y, sigma)
     assert logits.shape == (2, 3) and logits.dtype == y.dtype
     assert (logits[0] - logits[1]).abs().max() > 1e-3, "pictures make a difference"
-    close(net.head.scores(net.class_features(y, sigma).mean((2, 3))), logits)
-    close(torch.cat([net.class_scores(a[None], s) for a, s in zip(y, sigma, strict=True)]), logits)
+    *_, (last, features) = net.steps(y, sigma)
+    assert last == "class features"
+    close(net.head.scores(features.mean((2, 3))), logits)
+    close(torch.cat([net.logits(a[None], s) for a, s in zip(y, sigma, strict=True)]), logits)
     names = [name for name, _ in net.steps(y, sigma)]
     assert len(set(names)) == len(names)
     # A picture is seen in the unit of its noise.
     there, here = ((s**2 + 1 / 16) ** 0.5 for s in (0.3, 0.1))
-    close(net.class_scores(0.5 + there / here * (y - 0.5), 0.3), net.class_scores(y, 0.1))
+    close(net.logits(0.5 + there / here * (y - 0.5), 0.3), net.logits(y, 0.1))
 
 
 @pytest.mark.slow
@@ -278,7 +281,7 @@ def test_networks_keep_the_contract_of_a_classifier(kind: str) -> None:
 def test_scores_know_no_place(kind: str) -> None:
     net, y = network(kind), pictures()
     step = net.config.multiple
-    close(net.class_scores(y.roll((step, -step), (2, 3)), 0.1), net.class_scores(y, 0.1))
+    close(net.logits(y.roll((step, -step), (2, 3)), 0.1), net.logits(y, 0.1))
 
 
 @pytest.mark.slow
@@ -286,7 +289,7 @@ def test_scores_know_no_place(kind: str) -> None:
 def test_gradients_are_finite_where_nothing_is_seen(kind: str) -> None:
     net = network(kind, double=False)
     y = torch.full((1, 3, 16, 16), 0.5, requires_grad=True)
-    (gradient,) = torch.autograd.grad(net.class_scores(y, 0.0).square().sum(), y)
+    (gradient,) = torch.autograd.grad(net.logits(y, 0.0).square().sum(), y)
     assert gradient.isfinite().all()
 
 
@@ -294,14 +297,12 @@ def test_gradients_are_finite_where_nothing_is_seen(kind: str) -> None:
 def test_scores_have_the_gradient_that_they_claim(kind: str) -> None:
     net = network(kind)
     y = pictures(1, (8, 8)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: net.class_scores(t, 0.1), y, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda t: net.logits(t, 0.1), y, fast_mode=True)
 
 
 def test_odd_sides_are_filled_up() -> None:
     for kind in ("phase-collapse", "fixed"):
-        assert (
-            network(kind, double=False).class_scores(torch.rand(1, 3, 13, 7), 0.1).isfinite().all()
-        )
+        assert network(kind, double=False).logits(torch.rand(1, 3, 13, 7), 0.1).isfinite().all()
 
 
 @pytest.mark.slow
@@ -316,7 +317,7 @@ def test_a_network_is_its_learnt_tensors(kind: str) -> None:
     again = type(net)(net.config).eval()  # type: ignore[arg-type]
     again.load_state_dict(net.state_dict())
     y = pictures(double=False)
-    close(again.class_scores(y, 0.1), net.class_scores(y, 0.1), 0)
+    close(again.logits(y, 0.1), net.logits(y, 0.1), 0)
 
 
 def test_an_optimiser_step_is_followed_by_one_towards_tightness() -> None:

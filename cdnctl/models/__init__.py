@@ -28,6 +28,7 @@ from cdnctl.models.baselines import Classifier, UNet
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.models.hybrid import Hybrid
 from cdnctl.models.network import Mixture, Needs, Network, Whole
+from cdnctl.models.scattering import FixedConfig, FixedScattering, Scattering, ScatteringConfig
 from cdnctl.models.trunk import NetConfig
 
 __all__ = [
@@ -63,6 +64,12 @@ REGISTRY: Mapping[str, Architecture] = {
     "hybrid": Architecture(NetConfig, Hybrid, _TINY, "joint"),
     "classifier": Architecture(NetConfig, Classifier, _TINY, "classifying"),
     "unet": Architecture(NetConfig, UNet, _TINY, "denoising"),
+    "scattering": Architecture(
+        ScatteringConfig, Scattering, ScatteringConfig(3, widths=(4, 6)), "classifying"
+    ),
+    "fixed-scattering": Architecture(
+        FixedConfig, FixedScattering, FixedConfig(3, octaves=2, angles=4, cells=2), "classifying"
+    ),
 }
 
 

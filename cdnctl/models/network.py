@@ -49,6 +49,14 @@ class Network(nn.Module):
         self.num_classes = num_classes
         self.compute_dtype: torch.dtype | None = None
 
+    @property
+    def undecayed(self) -> frozenset[str]:
+        """Names of parameters that weight decay must leave alone."""
+        return frozenset()
+
+    def after_step(self) -> None:
+        """To be called after every step of the optimiser; most networks have nothing to do."""
+
     def adopted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of another network, in a form from which this one can start."""
         return dict(weights)

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from cdnctl.core.joint import per_sample
 from cdnctl.models.channels import ChannelMap, Channels, Standardise, channel_norm
 from cdnctl.models.frames import TightFrame, parseval
+from cdnctl.models.network import Needs, Network
 from cdnctl.transforms import scattering as waves
 
 PIXEL_STD = 0.25  # about the standard deviation of the pixels of natural images
@@ -98,11 +98,6 @@ class ScatteringConfig:
                 raise ValueError(f"{name} needs maps 'real', not {self.maps!r}")
 
     @property
-    def whole(self) -> bool:
-        """Whether a picture must be seen as a whole: convolutions go round it."""
-        return True
-
-    @property
     def multiple(self) -> int:
         """Sides that are multiples of this number need no padding."""
         halved = len(self.widths) // 2 if self.bank == "half" else len(self.widths)
@@ -152,11 +147,6 @@ class FixedConfig:
         j, angles = self.octaves, self.angles
         second = j * (j - 1) // 2 * angles**2 if self.order == 2 else 0
         return 1 + j * angles + second
-
-    @property
-    def whole(self) -> bool:
-        """Whether a picture must be seen as a whole: convolutions go round it."""
-        return True
 
     @property
     def multiple(self) -> int:
@@ -334,16 +324,16 @@ class LinearHead(nn.Module):
         return F.linear(mean, self.linear.weight.to(mean), self.linear.bias.to(mean))
 
 
-class FixedFilters(nn.Module):
-    """A classifier on what comes out of ``trunk``; it knows nothing of densities."""
+class FixedFilters(Network):
+    """A classifier on what comes out of ``trunk``; it knows nothing of densities.
 
-    denoises: ClassVar[bool] = False
-    classifies: ClassVar[bool] = True
+    It sees pictures as a whole: convolutions go round them.
+    """
 
     def __init__(self, config: ScatteringConfig | FixedConfig, trunk: Layers | Coefficients):
-        super().__init__()
+        needs = Needs(config.channels, config.bytes_per_pixel, config.multiple)
+        super().__init__(needs, config.num_classes)
         self.config, self.trunk = config, trunk
-        self.num_classes = config.num_classes
         self.head = LinearHead(trunk.outside, config.cells, config.num_classes)
 
     def picture(self, y: Tensor, sigma: Tensor | float) -> Tensor:
@@ -363,21 +353,24 @@ class FixedFilters(nn.Module):
             yield name, made
         yield "class features", self.head.features(made)
 
-    def class_features(self, y: Tensor, sigma: Tensor | float) -> Tensor:
-        """What the class scores are a linear map of, after a mean over positions: (B, F, h, w)."""
-        *_, (_, last) = self.steps(y, sigma)
-        return last.to(y.dtype)
-
-    def class_scores(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+    def logits(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """Class scores, (B, K): log p(c | y) up to a function of y."""
-        return self.head.scores(self.class_features(y, sigma).mean((2, 3)))
+        *_, (_, features) = self.steps(y, sigma)
+        return self.head.scores(features.mean((2, 3))).to(y.dtype)
 
-    def forward(self, y: Tensor, sigma: Tensor | float) -> Tensor:
-        """``class_scores``."""
-        return self.class_scores(y, sigma)
+    @property
+    def undecayed(self) -> frozenset[str]:
+        """Frames, and the maps in front of them: Parseval steps keep their size."""
+        layers = [(f"{k}.", m) for k, m in self.named_modules() if isinstance(m, Layer)]
+        return frozenset(
+            name + part
+            for name, layer in layers
+            if layer.frame is not None
+            for part in ("frame.atoms", "map.weight")
+        )
 
     def after_step(self) -> None:
-        """To be called after every step of the optimiser: a Parseval step of frames."""
+        """A Parseval step of frames."""
         self.trunk.after_step()
 
 

@@ -80,7 +80,8 @@ class OptimConfig:
     steps, so that a run that has not begun to fall can be given more or fewer steps.
 
     ``kind`` adamw, or muon: momentum made orthogonal for convolutions (Jordan 2024, scaled
-    to AdamW's step size as by Liu et al. 2025, arXiv 2502.16982), AdamW for the rest.
+    to AdamW's step size as by Liu et al. 2025, arXiv 2502.16982), AdamW for the rest; or sgd:
+    plain gradient descent, whose momentum is the first of ``betas``.
     """
 
     kind: str = "adamw"
@@ -216,8 +217,8 @@ def _check(c: TrainConfig) -> None:
     for name, value, low, high in bounds(c):
         if not low <= value <= high:
             raise ConfigError(f"{name} is {value}, but must lie between {low} and {high}")
-    if c.optim.kind not in ("adamw", "muon"):
-        raise ConfigError(f"optim.kind is {c.optim.kind!r}, but must be adamw or muon")
+    if c.optim.kind not in ("adamw", "muon", "sgd"):
+        raise ConfigError(f"optim.kind is {c.optim.kind!r}, but must be adamw, muon or sgd")
     if c.optim.schedule not in ("cosine", "linear"):
         raise ConfigError(f"optim.schedule is {c.optim.schedule!r}, but must be cosine or linear")
     if c.noise.wide and not c.noise.top > c.noise.high > 0:
@@ -249,14 +250,17 @@ def override(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
     raw = config.to_dict()
     for setting in settings:
         key, equals, text = setting.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not (equals and dot and name and isinstance(raw.get(section), dict)):
+        *path, name = key.strip().split(".")
+        section: Any = raw
+        for part in path:  # sections lie in sections where a network is made of several
+            section = section.get(part) if isinstance(section, dict) else None
+        if not (equals and path and name and isinstance(section, dict)):
             raise ConfigError(f"{setting!r} is not SECTION.KEY=VALUE, such as optim.steps=1000")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except (ValueError, RecursionError):
             value = text.strip()
-        raw[section][name] = value
+        section[name] = value
     return parse(raw)
 
 

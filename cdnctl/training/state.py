@@ -74,7 +74,8 @@ class TrainState:
     def __init__(self, model: Network, config: TrainConfig):
         optim = config.optim
         self.model = model
-        self.ema = {k: v.detach().clone() for k, v in model.named_parameters()}
+        # Statistics that a network keeps of its features are averaged as its weights are.
+        self.ema = {k: v.clone() for k, v in tensors_of(model).items()}
         # What the optimizers see of each parameter: itself, or for Muon its memory as a matrix.
         self.leaves: dict[str, Tensor] = {
             k: _matrix(p.detach()) if optim.kind == "muon" and p.ndim == 4 else p
@@ -82,16 +83,17 @@ class TrainState:
         }
         own = [leaf for leaf in self.leaves.values() if isinstance(leaf, nn.Parameter)]
         matrices = [leaf for leaf in self.leaves.values() if not isinstance(leaf, nn.Parameter)]
+        spared = {id(self.leaves[k]) for k in model.undecayed}
+        decayed = [p for p in own if p.ndim > 1 and id(p) not in spared]
+        others = [p for p in own if p.ndim <= 1 or id(p) in spared]
+        groups = [
+            {"params": decayed, "weight_decay": optim.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                [
-                    {"params": [p for p in own if p.ndim > 1], "weight_decay": optim.weight_decay},
-                    {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
-                ],
-                lr=optim.lr,
-                betas=optim.betas,
-                fused=True,
-            )
+            torch.optim.SGD(groups, lr=optim.lr, momentum=optim.betas[0], fused=True)
+            if optim.kind == "sgd"
+            else torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
         ]
         if matrices:
             self.optimizers.append(
@@ -126,7 +128,7 @@ class TrainState:
         if not (free and undo == 0):
             # 0 and 1 as factors give exactly one of the two. Three passes over the weights:
             # less than a hundredth of a step on a GPU, and nothing has to be known for them.
-            weights = [p.detach() for p in self.model.parameters()]
+            weights = list(tensors_of(self.model).values())
             momenta = [
                 slots["exp_avg" if "exp_avg" in slots else "momentum_buffer"]
                 for slots in map(self._slots, self.leaves)
@@ -138,7 +140,7 @@ class TrainState:
         """Fold the current weights into their exponential moving average."""
         decay = min(decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(
-            list(self.ema.values()), [p.detach() for p in self.model.parameters()], 1 - decay
+            list(self.ema.values()), list(tensors_of(self.model).values()), 1 - decay
         )
 
     def look(self, folder: Path, optim: OptimConfig) -> float:
@@ -172,7 +174,7 @@ class TrainState:
         about: what else `read_run` shall give.
         """
         parameters = dict(self.model.named_parameters())
-        tensors = {f"model.{k}": p.detach() for k, p in parameters.items()}
+        tensors = {f"model.{k}": v for k, v in tensors_of(self.model).items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         for k, leaf in self.leaves.items():
             for name, value in self._slots(k).items():
@@ -201,8 +203,8 @@ class TrainState:
         tensors = read_tensors(folder)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
-            for k, p in parameters.items():
-                p.copy_(tensors[f"model.{k}"])
+            for k, own in tensors_of(self.model).items():
+                own.copy_(tensors[f"model.{k}"])
                 self.ema[k].copy_(tensors[f"ema.{k}"])
         for key, value in tensors.items():
             part, _, rest = key.partition(".")
@@ -226,6 +228,19 @@ class TrainState:
         owner = self.optimizers[0 if isinstance(leaf, nn.Parameter) else 1]
         slots: dict[str, Tensor] = owner.state[leaf]
         return slots
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """What a model has learnt, by name: its parameters in their order, then what it remembers of
+    its features. Changing them changes the model."""
+    parameters = {k: p.detach() for k, p in model.named_parameters()}
+    return parameters | {k: b for k, b in model.state_dict().items() if k not in parameters}
+
+
+def copy_into(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Set what `tensors_of` gives to other values."""
+    for key, tensor in tensors_of(model).items():
+        tensor.copy_(values[key])
 
 
 def _looks_are_free(device: torch.device) -> bool:

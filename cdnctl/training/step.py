@@ -118,6 +118,7 @@ def train_step(
     factor, undo = state.guard.judge(norm, config.optim)
     with torch.no_grad():
         state.update(gradients, factor, undo, learning_rate(state.step, config))
+        state.model.after_step()
         state.step += 1
         state.average(config.optim.ema)
     return parts

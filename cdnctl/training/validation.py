@@ -12,12 +12,11 @@ from cdnctl.core.joint import Corrector, HasPosterior
 from cdnctl.core.metrics import accuracy, psnr
 from cdnctl.core.noise import add_noise
 from cdnctl.images import PEAK
-from cdnctl.models import Network
 from cdnctl.training.batches import Batches
 from cdnctl.training.config import TrainConfig
 from cdnctl.training.datasets import Pictures
 from cdnctl.training.objectives import objective_of
-from cdnctl.training.state import TrainState
+from cdnctl.training.state import TrainState, copy_into, tensors_of
 
 VALIDATION_PIXELS = 2**22  # that a GPU works on at once
 VALIDATION_PATCH = 128  # side of the crops of pictures that are no thumbnails
@@ -41,8 +40,9 @@ def validate(state: TrainState, held: Pictures, config: TrainConfig) -> dict[str
     Centre crops, the same noise each time, outputs clipped; PSNR in dB without
     classes, accuracy in [0, 1] over the labelled pictures.
     """
-    model, trained = state.model, {k: p.detach().clone() for k, p in state.model.named_parameters()}
-    _copy_into(model, state.ema)
+    model, trained = state.model, {k: v.clone() for k, v in tensors_of(state.model).items()}
+    copy_into(model, state.ema)
+    model.eval()
     try:
         result: dict[str, float] = {}
         size = config.data.batch
@@ -75,7 +75,8 @@ def validate(state: TrainState, held: Pictures, config: TrainConfig) -> dict[str
                 result[f"accuracy_{level:g}"] = accuracy(torch.cat(logits), labels)
         return result
     finally:
-        _copy_into(model, trained)
+        copy_into(model, trained)
+        model.train()
 
 
 def _targets(held: Pictures, config: TrainConfig) -> tuple[Tensor, int]:
@@ -118,8 +119,9 @@ def take_samples(state: TrainState, held: Pictures, config: TrainConfig) -> Samp
     which = targets[torch.arange(count, device=device) * len(targets) // count]
     corner = (held.sizes[which] - patch) // 2
     clean = held.crops(which, corner[:, 0], corner[:, 1], torch.zeros_like(which), patch)
-    trained = {k: p.detach().clone() for k, p in model.named_parameters()}
-    _copy_into(model, state.ema)
+    trained = {k: v.clone() for k, v in tensors_of(model).items()}
+    copy_into(model, state.ema)
+    model.eval()
     try:
         noisy, denoised = [], []
         for level in levels:
@@ -127,10 +129,6 @@ def take_samples(state: TrainState, held: Pictures, config: TrainConfig) -> Samp
             noisy.append(add_noise(clean, level / PEAK, generator))
             denoised.append(_denoised(model, noisy[-1], level))
     finally:
-        _copy_into(model, trained)
+        copy_into(model, trained)
+        model.train()
     return Samples(clean.cpu(), torch.stack(noisy).cpu(), torch.stack(denoised).cpu(), levels)
-
-
-def _copy_into(model: Network, values: dict[str, Tensor]) -> None:
-    for key, parameter in model.named_parameters():
-        parameter.copy_(values[key])
