@@ -83,6 +83,17 @@ def test_a_profile_has_the_same_levels_in_every_picture() -> None:
     assert within.sigma > CAMERA.sigma  # shadows have more
 
 
+def test_a_profile_of_another_camera() -> None:
+    """The picture is believed where it surely shows its noise, and nothing is said else."""
+    made = profile([measure(grainy(0.02, (256, 256, 3)), camera=True)]).noise
+    for sigma, alike in ((0.02, True), (0.015, True), (0.06, False), (0.006, False)):
+        level = noise_level(grainy(sigma, (256, 256, 3), seed=3), kind=made)
+        assert (level.doubt == "") == alike, sigma
+        assert level.sigma > 0
+    assert f"noise of {255 * made.sigma:.2g} where" in level.doubt
+    assert noise_level(grainy(0.06, (32, 32, 3)), kind=made).doubt == "", "too small to tell"
+
+
 # -- what is known --------------------------------------------------------------------------
 
 

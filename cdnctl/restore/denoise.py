@@ -124,6 +124,8 @@ def _noted(image: Image, level: Level, held: float, told: bool) -> Image:
             f"held back on {share} of the picture, where the model would change more than such "
             f"noise can: {why}it does not know such pictures"
         )
+    if level.doubt:
+        notes.append(level.doubt)
     noise = level.noise
     if noise is not None and noise.confidence < 0.5 and noise.told > 1 / images.PEAK:
         notes.append("unsure what is noise and what texture: give --sigma to take out more")

@@ -18,6 +18,9 @@ AUTO, WHITE, CAMERA = KINDS = ("auto", "white", "camera")
 """What is known of noise: nothing; that it is white and of one level; that it is not."""
 Kind = str | Noise
 
+_SURELY = 0.8  # confidence from which a picture is believed more than a profile
+_ALIKE = 2.0  # factor within which two levels may be measurements of the same noise
+
 MEASURABLE = 64  # shorter side of a picture from which its noise is told apart from texture
 
 
@@ -27,6 +30,7 @@ class Level:
 
     sigma: float  # of white noise, as the network is told it, in [0, 1] pixel units
     noise: Noise | None = None  # what was measured: a change is held to it
+    doubt: str = ""  # of what was told, in a sentence
 
 
 def estimate_sigma(pixels: np.ndarray, alpha: np.ndarray | None = None) -> float:
@@ -92,8 +96,23 @@ def _by_profile(samples: np.ndarray, profile: Noise) -> Level:
             f"this picture is {one}, but the noise profile is of {other} pictures: make one with "
             f"cdnctl noise FOLDER --save, of {one} pictures"
         )
-    noise = profile.within(images.to_unit(sampled(samples)).mean(2))
-    return Level(noise.safe, noise)
+    pixels = images.to_unit(sampled(samples))
+    noise = profile.within(pixels.mean(2))
+    return Level(noise.safe, noise, _doubt(noise, pixels[:, :, :1] if gray else pixels))
+
+
+def _doubt(noise: Noise, pixels: np.ndarray) -> str:
+    """Whether a picture that surely shows its noise shows other noise than a profile says."""
+    if min(pixels.shape[:2]) < MEASURABLE:
+        return ""
+    seen = measure(pixels, camera=True)
+    if seen.confidence < _SURELY or 1 / _ALIKE <= noise.sigma / max(seen.sigma, 1e-9) <= _ALIKE:
+        return ""
+    said, found = (f"{images.PEAK * n.sigma:.2g}" for n in (noise, seen))
+    return (
+        f"the profile says noise of {said} where the picture seems to have {found}: it may be of "
+        "another camera, or another setting"
+    )
 
 
 def _few_values(samples: np.ndarray, sigma: float) -> bool:
