@@ -53,19 +53,53 @@ def available_devices() -> list[str]:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; for the CPU, within the limit of its control group."""
+    """Bytes that are free on a device; for the CPU, within the limits of its control groups."""
     if device.type == "cuda":
         # What torch keeps for reuse is free for it, but not for the driver.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:  # containers and batch systems allow less than the machine has
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+    return max(0, min([free, *_room_in_groups()]))
+
+
+GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+# By version of control groups: limit, use, and what of the use gives way when memory is needed.
+_FILES = {
+    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _room_in_groups() -> list[int]:
+    """Bytes that are left within each control group that this process is in: its own, and those
+    around it. Containers and batch systems allow less than the machine has."""
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return []
+    rooms = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            version, root = (2, GROUPS) if controllers == "" else (1, GROUPS / controllers)
+            group = root / path.lstrip("/")
+            # A container may show its own group as the root, whatever its path outside.
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(root):
+                    rooms += _room_in(folder, *_FILES[version])
+    return rooms
+
+
+def _room_in(group: Path, limit: str, use: str, cache: str) -> list[int]:
+    """Bytes left in one group; nothing if it has no limit or tells none."""
+    try:
+        most = int((group / limit).read_text())
+        used = int((group / use).read_text())
+        stats = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return [most - used + int(stats.get(cache, 0))]
     except (OSError, ValueError):
-        pass
-    return max(free, 0)
+        return []
 
 
 def world_from_env() -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import BackendConfig
 
+from cdnctl import runtime
 from cdnctl.cli.common import start_torch
 from cdnctl.errors import DeviceError
 from cdnctl.runtime import available_memory, choose_device, process_group
@@ -70,3 +72,35 @@ def test_memory_that_torch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatc
                         ("memory_allocated", 50)):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert available_memory(torch.device("cuda", 0)) == 850
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_within_groups_within_groups(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tightest of them counts; pages that give way are free; "max" is no limit."""
+    root = tmp_path if version == 2 else tmp_path / "memory"
+    limit, use, cache = runtime._FILES[version]
+
+    def group(folder: Path, most: str, used: int, file: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(most + "\n")
+        (folder / use).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{cache} {file}\n")
+
+    group(root / "batch" / "job", "max" if version == 2 else str(2**62), 10, 0)
+    group(root / "batch", "5000", 4000, 300)
+    (tmp_path / "own").write_text(
+        ("0::" if version == 2 else "9:cpu:/\n4:memory:") + "/batch/job\n"
+    )
+    monkeypatch.setattr(runtime, "GROUPS", tmp_path)
+    monkeypatch.setattr(runtime, "OWN_GROUPS", tmp_path / "own")
+    assert available_memory(torch.device("cpu")) == 1300
+    group(root / "batch" / "job", "900", 1000, 0)
+    assert available_memory(torch.device("cpu")) == 0, "beyond the limit nothing is left"
+    # A container may see its group as the root of all.
+    group(root, "7000", 6500, 0)
+    (tmp_path / "own").write_text(("0::" if version == 2 else "4:memory:") + "/not/shown\n")
+    assert available_memory(torch.device("cpu")) == 500
+    (tmp_path / "own").unlink()
+    assert available_memory(torch.device("cpu")) > 5000
