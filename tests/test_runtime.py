@@ -100,7 +100,7 @@ def test_memory_within_groups_within_groups(
     assert available_memory(torch.device("cpu")) == 0, "beyond the limit nothing is left"
     # A container may see its group as the root of all.
     group(root, "7000", 6500, 0)
-    (tmp_path / "own").write_text(("0::" if version == 2 else "4:memory:") + "/not/shown\n")
+    (tmp_path / "own").write_text(own + "/not/shown\n")
     assert available_memory(torch.device("cpu")) == 500
     (tmp_path / "own").unlink()
     assert available_memory(torch.device("cpu")) > 5000
