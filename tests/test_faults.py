@@ -32,7 +32,7 @@ from cdnctl.cli import progress
 from cdnctl.images import codec
 from cdnctl.restore.manifest import NAME
 
-# One thread: sums differ in the last bit by the number of threads, of which processes share out all.
+# One thread: sums differ in the last bit by the number of threads, of which processes have a share.
 OPTIONS = ("--model", "m.safetensors", "--sigma", "25", "--threads", "1")
 
 pytestmark = pytest.mark.slow  # most of them start processes
