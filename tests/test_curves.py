@@ -8,6 +8,9 @@ import pytest
 from cdnctl.analysis.curves import Curve, crossing, discriminative_v, fit, generative_v
 from cdnctl.errors import UsageError
 
+pytestmark = pytest.mark.slow  # seconds each
+
+
 Array = np.ndarray
 
 

@@ -22,6 +22,9 @@ added = [p for p in sys.path if p not in before]  # the folder, and what a .pth 
 sys.path[:] = added + before
 import cdnctl
 from cdnctl.checkpoints import bundled, read_header
+
+pytestmark = pytest.mark.slow  # seconds each
+
 print({{name: read_header(path).name for name, path in bundled().items()}})
 print(cdnctl.__file__)
 """

@@ -22,6 +22,9 @@ from cdnctl.inverse.operators import Convolution, gaussian, motion
 from cdnctl.restore import Deblock, Deblur, Inpaint, Repair, Repaired, RepairSettings, Upscale
 from cdnctl.restore.prior import Prior
 
+pytestmark = pytest.mark.slow  # seconds each
+
+
 STD = 0.25  # of the pixels of the Gaussian model, whose mean is 1/2
 
 
