@@ -41,7 +41,6 @@ from cdnctl.training.state import STATE, read_run
 
 pytestmark = pytest.mark.slow  # seconds each
 
-
 NAMES = ["a b.png", "ä ö ü.jpg", "x[1] {y}.tif", "[bold]日本[/bold].png", "sub/'q\"uote.PNG"]
 
 

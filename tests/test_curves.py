@@ -10,7 +10,6 @@ from cdnctl.errors import UsageError
 
 pytestmark = pytest.mark.slow  # seconds each
 
-
 Array = np.ndarray
 
 

@@ -29,7 +29,6 @@ from cdnctl.transforms.wavelet import merge, pyramid, split
 
 pytestmark = pytest.mark.slow  # seconds each
 
-
 SIDE = 8
 # P = 3 at shift 0, -0.6 down, -0.4 across, 0.2 along one diagonal: E = x'Px / 2.
 FEATURES = Features(shifts=(((0, 0),), ((1, 0),), ((0, 1),), ((1, 1),)))

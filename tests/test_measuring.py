@@ -25,7 +25,6 @@ from cdnctl.measure.evaluate import find_samples
 
 pytestmark = pytest.mark.slow  # seconds each
 
-
 Measure = Callable[..., tuple[int, str, str]]
 """A command and its options to exit code, standard output and standard error."""
 

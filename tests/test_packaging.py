@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # seconds each
+
 ROOT = Path(__file__).parent.parent
 
 FIND = """
@@ -22,9 +24,6 @@ added = [p for p in sys.path if p not in before]  # the folder, and what a .pth 
 sys.path[:] = added + before
 import cdnctl
 from cdnctl.checkpoints import bundled, read_header
-
-pytestmark = pytest.mark.slow  # seconds each
-
 print({{name: read_header(path).name for name, path in bundled().items()}})
 print(cdnctl.__file__)
 """

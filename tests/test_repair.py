@@ -24,7 +24,6 @@ from cdnctl.restore.prior import Prior
 
 pytestmark = pytest.mark.slow  # seconds each
 
-
 STD = 0.25  # of the pixels of the Gaussian model, whose mean is 1/2
 
 
