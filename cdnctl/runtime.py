@@ -81,8 +81,8 @@ def _room_in_groups() -> list[int]:
     rooms = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            version, root = (2, GROUPS) if controllers == "" else (1, GROUPS / controllers)
+        if not controllers or "memory" in controllers.split(","):
+            version, root = (1, GROUPS / "memory") if controllers else (2, GROUPS)
             group = root / path.lstrip("/")
             # A container may show its own group as the root, whatever its path outside.
             for folder in (group, *group.parents):

@@ -80,12 +80,11 @@ def test_a_picture_comes_out_nearer_to_the_truth(model: Model, sigma: float, sid
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [(30, 300), (257, 190)])
 def test_larger_flats_are_flat(model: Model, size: tuple[int, int]) -> None:
     """Sizes that go through the network on their own, gray and colour."""
     if model.needs.margin is None and max(size) > 256:
-        pytest.skip("a model of small pictures")
+        pytest.skip("this model sees whole pictures, and is made for small ones")
     for colour in ((128, 128, 128), (120, 128, 150)):
         for sigma in (1, 5, 25):
             clean = np.ones((*size, 1)) * np.array(colour) / 255

@@ -187,7 +187,7 @@ def test_zip_files_and_folders_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../../escaped.png", "/tmp/escaped.png", "cat/../../escaped.png", "cat\\1.png", "./cat/1.png"],
+    ["../../escaped.png", "/escaped.png", "cat/../../escaped.png", "cat\\1.png", "./cat/1.png"],
 )
 def test_zip_files_with_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:

@@ -228,6 +228,7 @@ def worker(rank: int, folder: Path, datasets: list[Path]) -> None:
     shared = shared_path(lambda: new_run_folder(folder / "runs"))
     assert shared == folder / "runs" / "1"
     assert run(shared, datasets).finished
+    assert frames_run(folder / "frames", datasets).finished
     # Only the second process wants to stop; both must.
     outcome = run(folder / "stopped", datasets, should_stop=after(3 if rank else 100))
     assert (outcome.step, outcome.finished) == (3, False)
@@ -256,6 +257,14 @@ def test_two_processes_are_one_on_the_joined_batch(
     x, y = load_file(whole / "last" / MODEL), load_file(both / "last" / MODEL)
     for key, value in x.items():
         torch.testing.assert_close(y[key], value, rtol=1e-3, atol=1e-4)
+    # What a network remembers of its features is of the pictures of both. The first layer's filters
+    # are fixed, so their mean does not hang on how the rest was standardised.
+    frames_run(tmp_path / "alone", datasets)
+    x, y = state_of(tmp_path / "alone"), state_of(tmp_path / "frames")
+    key = "trunk.layers.0.standard.mean"
+    assert x[f"model.{key}"].abs().max() > 0.01
+    for part in ("model", "ema"):
+        torch.testing.assert_close(y[f"{part}.{key}"], x[f"{part}.{key}"], rtol=1e-4, atol=1e-5)
 
 
 FRAMES: dict[str, dict[str, Any]] = {

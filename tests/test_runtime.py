@@ -90,7 +90,7 @@ def test_memory_within_groups_within_groups(
 
     group(root / "batch" / "job", "max" if version == 2 else str(2**62), 10, 0)
     group(root / "batch", "5000", 4000, 300)
-    own = "0::" if version == 2 else "9:cpu:/\n4:memory:"
+    own = "0::" if version == 2 else "9:cpu:/\n4:hugetlb,memory:"
     (tmp_path / "own").write_text(own + "/batch/job\n")
     monkeypatch.setattr(runtime, "GROUPS", tmp_path)
     monkeypatch.setattr(runtime, "OWN_GROUPS", tmp_path / "own")

@@ -139,8 +139,10 @@ class DenoisePrinter(Printer["Restored"]):
         parts = [f"sigma {sigma} ({how})", f"model {result.model.name}"]
         if result.noise is not None and not result.noise.is_white:
             # Not the level of a pixel, which the summary gives: grain takes a higher one.
-            by = " of the profile" if self.profiled else ""
+            by = " (profile)" if self.profiled else ""
             parts[0] = f"{result.noise.summary()}, taken out at sigma {sigma}{by}"
+            if result.sigma == 0:
+                parts[0] = "no noise that could not be texture: left as it is"
         best = next(iter(result.posterior.items()), None)
         if best is not None and (best[1] >= 0.5 or self.target == "auto"):
             parts.append(f"most probable class {best[0]} ({best[1]:.0%})")

@@ -114,6 +114,9 @@ def train_step(
     if world > 1:
         for g in gradients:
             dist.all_reduce(g)
+        for statistic in state.model.buffers():  # each process has seen its own rows
+            dist.all_reduce(statistic)
+            statistic /= world
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
     factor, undo = state.guard.judge(norm, config.optim)
     with torch.no_grad():
