@@ -130,8 +130,10 @@ def test_strong_noise_without_colour_is_texture() -> None:
     assert without.told > 20 / 255
     assert without.confidence == 0
     assert measure(0.5 + 0.1 * coarse @ AXES).confidence > 0.9
-    # Gray pictures have none to tell.
-    assert measure(0.5 + 0.1 * coarse[:, :, :1]).confidence > 0.9
+    # Gray pictures have none to tell: sure or not, what was measured is told as it is.
+    gray = measure(0.5 + 0.1 * coarse[:, :, :1])
+    assert gray.confidence > 0.9
+    assert gray.safe == pytest.approx(gray.confidence * gray.levels[0][1])
 
 
 def test_flat_borders_white_areas_and_hidden_parts_do_not_count() -> None:

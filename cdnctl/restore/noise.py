@@ -25,7 +25,7 @@ OCTAVES = 4
 # Told the level of two pixels, a denoiser of white noise still takes part of the grain for
 # texture. The factor that did best on simulated cameras, at one pixel of scene a pixel and at two.
 _GRAINY = 1.5
-_SURE = 1.25  # over a confidence of 1: from 0.8 on, what was measured is taken as it is
+_SURE = 1.25  # of colour, from a confidence of 1 / 1.25 on, what was measured is taken as it is
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,11 @@ class Noise:
         """Level to tell a denoiser of white noise, whatever the confidence.
 
         That is sigma for white noise. Grain hides from it unless it is told more than luma has in
-        the octave of two pixels, where cameras leave most of their noise.
+        the octave of two pixels, where cameras leave most of their noise. In gray pictures there
+        is no colour to tell grain from texture by, and it is told as it is.
         """
-        return float(self.octaves[0, 1]) * (1 if self.is_white else _GRAINY)
+        grainy = len(self.levels) == 3 and not self.is_white
+        return float(self.octaves[0, 1]) * (_GRAINY if grainy else 1)
 
     def curve(self, tone: Array | float) -> Array:
         """Relative level at tones in [0, 1], like ``tone``; constant beyond the ends."""
@@ -97,7 +99,7 @@ class Noise:
     @property
     def share(self) -> float:
         """Of the level, what is taken for noise, 0 to 1: less where it may be texture."""
-        return min(1.0, _SURE * self.confidence)
+        return min(1.0, _SURE * self.confidence) if len(self.levels) == 3 else self.confidence
 
     @property
     def safe(self) -> float:
