@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 
-from cdnctl.checkpoints import brief, read_weights, save_model, weights_hash
+from cdnctl.checkpoints import Header, brief, read_weights, save_model, weights_hash
 from cdnctl.errors import WeightsError
 from cdnctl.files import write_atomically
+from cdnctl.models import architecture
 
+_TAGS = {
+    "joint": ["image-denoising", "image-classification", "score-based-model"],
+    "denoising": ["image-denoising"],
+    "classifying": ["image-classification"],
+}
 _SCORES = ("psnr_noisy", "psnr", "ssim", "psnr_class", "accuracy")
 
 
@@ -54,6 +60,27 @@ def _budgets(training: Mapping[str, Any]) -> Iterator[str]:
         yield from _budgets(before["training"])
 
 
+def classes_told(header: Header) -> tuple[str, ...]:
+    """Those that a model tells apart: none for a denoiser, whatever its pictures were of."""
+    return () if architecture(header.arch).objective == "denoising" else header.classes
+
+
+def _kind(header: Header) -> str:
+    """What sort of model it is."""
+    objective = architecture(header.arch).objective
+    if objective == "joint":
+        paper = "Classification-Denoising Networks, Thiry and Guth 2024"
+        return f"Joint model of noisy pictures and classes ({paper})"
+    if objective == "classifying":
+        return "Classifier"
+    if header.training.get("config", {}).get("noise", {}).get("camera"):
+        return (
+            "Denoiser of photographs: regression on simulated cameras, with their demosaicing, "
+            "tone curves and JPEG, so that it is no score of a density"
+        )
+    return "Denoiser"
+
+
 def card(path: Path) -> str:
     """Model card in the form of the Hugging Face hub, made of the header alone."""
     header, state = read_weights(path)
@@ -87,7 +114,7 @@ def card(path: Path) -> str:
     front = {
         "license": header.licence.lower(),
         "library_name": "cdnctl",
-        "tags": ["image-denoising", "image-classification", "score-based-model"],
+        "tags": _TAGS[architecture(header.arch).objective],
         "model-index": [{"name": header.name, "results": results}],
     }
     # JSON is YAML, so no YAML writer is needed for a block that only programs read.
@@ -95,12 +122,11 @@ def card(path: Path) -> str:
     lines += [
         f"# {header.name}",
         "",
-        "Joint model of noisy pictures and classes "
-        "(Classification-Denoising Networks, Thiry and Guth 2024), made by `cdnctl train`.",
+        f"{_kind(header)}, made by `cdnctl train`.",
         "",
         f"- architecture: `{header.arch}`, {count / 1e6:.2f} million parameters, "
         f"`{json.dumps(dict(header.model))}`",
-        f"- classes: {', '.join(header.classes)}",
+        f"- classes: {', '.join(classes_told(header)) or 'it knows none'}",
         f"- noise levels seen: {low:.3g} to {high:.3g}, for pixels in [0, 1]; "
         f"crops of {header.patch} pixels",
         f"- training data: {header.data}",

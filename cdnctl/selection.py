@@ -22,7 +22,8 @@ class Models:
     """Loads models when they are first needed, and picks one for a picture.
 
     name: a bundled model, a run folder, a weights file, or "auto": the small-picture model for
-    pictures of up to 40 pixels a side, the photo model otherwise. A small picture
+    pictures of up to 40 pixels a side, the camera model for photographs with the noise of a camera,
+    the photo model otherwise. A small picture
     goes to the photo model, too, where the other is missing or does not know all of
     ``classes``. A photograph never goes to the small-picture model, which damages it.
     ensemble: the models are means over so many symmetries, see `Model.ensemble`.
@@ -38,17 +39,28 @@ class Models:
             self._knowing(name)
         elif self._headers and not any(map(self._knows, self._headers)):
             # No picture can be done: better said now than when the first one comes.
-            self._knowing(max(self._headers, key=lambda n: self._headers[n].patch))
+            self._knowing(max(self._white, key=lambda n: self._headers[n].patch))
 
     @cached_property
     def _headers(self) -> dict[str, Header]:
         return {name: read_header(path) for name, path in bundled().items()}
 
-    def pick(self, height: int, width: int) -> Model:
-        """The model for a picture of this size. WeightsError if there is none."""
+    @cached_property
+    def _white(self) -> list[str]:
+        """Names of the models for white noise."""
+        return [name for name, header in self._headers.items() if not header.model.get("coloured")]
+
+    def pick(self, height: int, width: int, camera: bool = False) -> Model:
+        """The model for a picture of this size. WeightsError if there is none.
+
+        camera: whether its noise is that of a camera, and not told.
+        """
         if self.name != AUTO:
             return self._load(self.name)
-        headers = self._headers
+        headers = {name: self._headers[name] for name in self._white}
+        hearing = [name for name in self._headers if name not in headers]
+        if camera and max(height, width) > SMALL and any(map(self._knows, hearing)):
+            return self._load(next(filter(self._knows, hearing)))
         if not headers:
             raise WeightsError(
                 "no bundled weights were found: give --model FILE, or install cdnctl again"
@@ -66,13 +78,13 @@ class Models:
             )
         return self._knowing(next(filter(self._knows, order), order[0]))
 
-    def for_files(self, files: Iterable[Path]) -> Model:
+    def for_files(self, files: Iterable[Path], camera: bool = False) -> Model:
         """The model for the first of these pictures that tells its size: by its header, or where
         that does not suffice, such as in camera raw, decoded. WeightsError if there is none."""
         for path in files:
             with suppress(ImageError):
                 width, height = images.stored_size(path) or images.read(path).samples.shape[1::-1]
-                return self.pick(height, width)
+                return self.pick(height, width, camera)
         return self.pick(1, 1)
 
     def hash_of(self, name: str) -> str | None:

@@ -16,8 +16,6 @@ from cdnctl.core.coloured import (
     AXES,
     OCTAVES,
     Told,
-    camera_knots,
-    camera_levels,
     curve,
     local_tone,
     octave_of,
@@ -71,7 +69,7 @@ def test_equal_levels_are_white_noise() -> None:
 
 
 def test_noise_has_unit_variance_and_the_spectrum_that_is_said() -> None:
-    levels = camera_levels(6, torch.Generator().manual_seed(0))
+    levels = torch.empty(6, 2, OCTAVES).uniform_(0.3, 2, generator=torch.Generator().manual_seed(0))
     noise, spectrum = shaped(white(6, 512), levels)
     assert spectrum.shape == (6, 2, OCTAVES)
     power = torch.fft.fft2(torch.einsum("ac,bchw->bahw", AXES, noise)).abs().square() / 512**2
@@ -95,9 +93,7 @@ def test_measured_levels_are_those_that_are_told_in_training() -> None:
 
 
 def test_curves_go_through_their_knots() -> None:
-    knots = camera_knots(4, torch.Generator().manual_seed(0))
-    assert knots.min() > 0
-    torch.testing.assert_close(knots.square().mean(1), torch.ones(4))
+    knots = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
     tones = torch.linspace(0, 1, knots.shape[1]).expand(4, 1, 1, -1)
     torch.testing.assert_close(curve(tones, knots)[:, 0, 0], knots)
     between = curve(tones[..., :1] + 0.125, knots)[:, 0, 0, 0]

@@ -50,6 +50,9 @@ class Darken:
             raise ImageError(f"{name!r} is gray")
         return image
 
+    def by_camera(self, ready: Image) -> bool:
+        return False
+
     def together(self, height: int, width: int) -> int:
         return 2 if height < 100 else 1
 

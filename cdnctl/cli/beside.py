@@ -83,11 +83,11 @@ def write_sheet(
     from cdnctl.errors import ImageError
     from cdnctl.figures import contact_sheet
     from cdnctl.restore import on_unit_scale
-    from cdnctl.restore.denoise import measured
+    from cdnctl.restore.denoise import by_camera, measured
     from cdnctl.restore.preview import restored_at, telling_places
 
     image = on_unit_scale(images.read(source, max_pixels), settings.range, str(source))
-    model = models.pick(*image.samples.shape[:2])
+    size = image.samples.shape[0], image.samples.shape[1]
     places = telling_places(image.samples)
     columns = ["input"]
     shown_as = [[image.samples[place] for place in places.values()]]
@@ -97,6 +97,7 @@ def write_sheet(
             told = replace(settings, sigma=given)
             try:
                 level = measured(image, told)
+                model = models.pick(*size, by_camera(level, told))
                 crops = restored_at(image, model, told, level, list(places.values()))
             except ImageError as error:
                 raise ImageError(f"{str(source)!r}: {error}") from None

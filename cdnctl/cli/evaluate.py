@@ -120,9 +120,9 @@ def _measure(
     with progress(
         sum(len(s) for _, s in report.models) * per_picture, report.quiet, report.as_json
     ) as advance:
-        for model, samples in report.models:
+        for (model, samples), camera in zip(report.models, report.cameras, strict=True):
             rows = []
-            for row in evaluate(samples, model, levels or [], report.seed, clip):
+            for row in evaluate(samples, model, levels or [], report.seed, clip, camera):
                 rows.append(row)
                 if row.error is not None:
                     report.fail(row.error)
@@ -134,6 +134,8 @@ def _measure(
                 "data_range": 1.0,
                 "averaging": "mean of per-picture values",
             }
+            if camera is not None:
+                protocol["camera_noise"] = f"by model {camera.name}"
             if ensemble > 1:
                 protocol["ensemble"] = ensemble
             report.tell(model, [scaled(s) for s in summarise(rows, paired)], protocol)

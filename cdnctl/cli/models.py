@@ -34,10 +34,11 @@ def models(context: typer.Context, as_json: Json = False) -> None:
     """List the bundled models, show one, or export trained weights."""
     if context.invoked_subcommand is not None:
         return
+    from cdnctl.cards import classes_told
     from cdnctl.checkpoints import bundled, read_header
 
     headers = {name: read_header(path) for name, path in bundled().items()}
-    rows = [{"name": n, "classes": h.classes, "arch": h.arch} for n, h in headers.items()]
+    rows = [{"name": n, "classes": classes_told(h), "arch": h.arch} for n, h in headers.items()]
     if as_json:
         for row in rows:
             print(json.dumps(row))

@@ -52,7 +52,8 @@ def pipe(
     ready = operation.prepare(image, str(source), data)
     started = time.monotonic()
     with progress(1, printer.quiet, printer.as_json) as advance:
-        chosen = models.pick(*image.samples.shape[:2])
+        height, width = image.samples.shape[:2]
+        chosen = models.pick(height, width, operation.by_camera(ready))
         restored = operation.run([ready], chosen, advance.within)[0]
     seconds = time.monotonic() - started
     result = restored.image

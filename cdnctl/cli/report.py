@@ -50,6 +50,8 @@ class Report:
     as_json: bool
     quiet: bool
     models: list[tuple[Model, list[Sample]]] = field(default_factory=list)
+    # What stands in for each model where given noise is that of a camera: auto's other choice.
+    cameras: list[Model | None] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
     found: list[dict[str, Any]] = field(default_factory=list)  # of each model: protocol and rows
     table: list[Row] = field(default_factory=list)
@@ -69,7 +71,10 @@ class Report:
 
         files = expand([folder], recursive=True)
         for name in names or [AUTO]:
-            model = Models(name, device, ensemble=ensemble).for_files(files)
+            choice = Models(name, device, ensemble=ensemble)
+            model = choice.for_files(files)
+            camera = choice.for_files(files, camera=True) if noisy is not None else model
+            self.cameras.append(camera if camera.name != model.name else None)
             self.models.append((model, self.some(find_samples(folder, noisy, model))))
 
     def some(self, items: Sequence[T]) -> list[T]:

@@ -86,39 +86,3 @@ def curve(tones: Tensor, knots: Tensor) -> Tensor:
     flat = left.flatten(1)
     start, end = (knots.gather(1, flat + k).view_as(tones) for k in (0, 1))
     return torch.lerp(start, end, place - left)
-
-
-def camera_levels(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Random relative levels as cameras leave them, (count, 2, OCTAVES): luma and chroma.
-
-    From octave to octave they grow: in luma because demosaicing and JPEG take the finest, in chroma
-    further, because it is smoothed, and kept at half the resolution. As often the octaves are
-    alike. Ranges are those of simulated cameras.
-    """
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, generator=generator)
-
-    even = torch.where(uniform(0, 1) < 0.3, 0.2, 1.0)  # how much of the growth is there
-    rows = []
-    chroma = -0.3 + torch.randn(count, generator=generator)
-    for second, falls, grows, grows_on in (
-        (torch.zeros(count), 2.0, 0.8, 0.8),
-        (chroma, 2.5, 2.2, 1.2),
-    ):
-        third = second + even * uniform(-0.2, grows)
-        first, fourth = second - even * uniform(-0.1, falls), third + even * uniform(-0.2, grows_on)
-        rows.append(torch.stack([first, second, third, fourth], 1))
-    return torch.stack(rows, 1).exp2()
-
-
-def camera_knots(count: int, generator: torch.Generator | None = None, knots: int = 5) -> Tensor:
-    """Random curves of noise over tones, (count, knots), positive, whose mean square is 1: the
-    square root of an affine function of a power of light, as often stronger in shadows as in
-    lights."""
-    u = torch.rand(3, count, 1, generator=generator)
-    tone = torch.linspace(0, 1, knots)
-    light = tone ** (0.5 + 2 * u[0])
-    light = torch.where(u[1] < 0.6, 1 - light, light)
-    variance = 0.03 + u[2].square() + (1 - u[2]) * light
-    return (variance / variance.mean(1, keepdim=True)).sqrt()

@@ -129,10 +129,16 @@ class _Job:
     level: Level
 
     @property
+    def by_camera(self) -> bool:
+        """Whether it came with the noise of a camera."""
+        return self.level.noise is not None and self.level.noise.camera
+
+    @property
     def kind(self) -> tuple[int, ...]:
-        """Shape, whether there is anything to restore, whether there is a class to tell."""
+        """Shape, whether there is anything to restore, whether there is a class to tell, and
+        whether the noise is that of a camera."""
         has_noise = self.level.sigma > 0 or self.sample.noisy is not None
-        return (*self.clean.shape, has_noise, self.sample.label is not None)
+        return (*self.clean.shape, has_noise, self.sample.label is not None, self.by_camera)
 
     def restored(self, correction: np.ndarray) -> np.ndarray:
         """The picture moved along its correction, (H, W, C), clipped to [0, 1]."""
@@ -147,9 +153,11 @@ def evaluate(
     sigmas: Iterable[float],
     seed: int = 0,
     clip: bool = False,
+    camera: Model | None = None,
 ) -> Iterator[Row]:
     """Score every picture at every noise level (in [0, 1]); sample.noisy takes their place.
 
+    camera: stands in for the model where a given picture has the noise of a camera.
     clip: noisy pictures are clipped and rounded to 8 bits, as files hold them. Rows come in the
     order of samples and levels. A picture that cannot be read gives a row with its error, and
     the rest goes on.
@@ -178,7 +186,8 @@ def evaluate(
 
     due = 0
     for group in batches(jobs(), lambda job: job.kind, batch_size):
-        ready |= zip((job.place for job in group), _score(group, model), strict=True)
+        suited = camera if camera is not None and group[0].by_camera else model
+        ready |= zip((job.place for job in group), _score(group, suited), strict=True)
         while due in ready:
             yield ready.pop(due)
             due += 1
@@ -210,7 +219,7 @@ def _read(sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
 @torch.no_grad()
 def _score(jobs: Sequence[_Job], model: Model) -> list[Row]:
     """Rows of noisy pictures of one kind."""
-    *_, has_noise, has_label = jobs[0].kind
+    *_, has_noise, has_label, _ = jobs[0].kind
     classifies = isinstance(model.module, HasPosterior) and has_label
     stack = Stack([View(model, job.noisy, job.level) for job in jobs])
     corrections = told = predicted = None

@@ -6,6 +6,8 @@ comparison shows is the price of doing both jobs in one network.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from cdnctl.models.hybrid import Decoder
@@ -23,6 +25,10 @@ class UNet(Correcting):
     def __init__(self, config: NetConfig):
         super().__init__(config)
         self.decoder = Decoder(config)
+
+    def adopted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `TrunkNetwork.adopted`; of a network that classifies, all but its class head."""
+        return super().adopted({k: v for k, v in weights.items() if not k.startswith("head.")})
 
     def corrected(
         self, n: Normalised, mixture: Mixture, whole: Whole | None

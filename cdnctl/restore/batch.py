@@ -189,7 +189,7 @@ class Batch(Generic[R]):
                 yield from waiting.values()
                 waiting.clear()
             height, width, _ = item.shape
-            model = self.models.pick(height, width)
+            model = self.models.pick(height, width, self.operation.by_camera(item.ready))
             key = (*item.shape, model.name)
             group = waiting.setdefault(key, _Group(model, []))
             group.items.append(item)

@@ -70,6 +70,11 @@ def measured(image: Image, settings: Settings) -> Level:
     return noise_level(image, sigma=settings.sigma, kind=settings.noise)
 
 
+def by_camera(level: Level, settings: Settings) -> bool:
+    """Whether a picture is for a model of the noise of cameras, which knows no classes."""
+    return settings.target is None and level.noise is not None and level.noise.camera
+
+
 def _left_alone(image: Image, model: Model) -> Restored:
     note = "every sample is black or white: left as it is"
     return Restored(replace(image, notes=(*image.notes, note)), model, 0.0, 0.0, {})
@@ -306,6 +311,10 @@ class Denoise:
             return _Ready(image, measured(image, self.settings), ends, dtype)
         except ImageError as error:
             raise ImageError(f"{name!r}: {error}") from None
+
+    def by_camera(self, ready: _Ready) -> bool:
+        """Where such noise was measured."""
+        return by_camera(ready.level, self.settings)
 
     def together(self, height: int, width: int) -> int:
         """As many as fill up a batch."""

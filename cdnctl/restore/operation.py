@@ -42,6 +42,10 @@ class Operation(Protocol[R]):
         """
         ...
 
+    def by_camera(self, ready: Any) -> bool:
+        """Whether a picture, as ``prepare`` gave it, is for a model of the noise of cameras."""
+        ...
+
     def together(self, height: int, width: int) -> int:
         """How many pictures of a size ``run`` takes at once."""
         ...

@@ -128,6 +128,10 @@ class Repair(ABC):
             raise ImageError(f"{name!r}: {error}") from None
         return image
 
+    def by_camera(self, ready: Any) -> bool:
+        """A prior is told of white noise."""
+        return False
+
     def together(self, height: int, width: int) -> int:
         """Each on its own: one takes as long as many denoisings."""
         return 1

@@ -12,13 +12,27 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate as resize
 
-from cdnctl.core.coloured import OCTAVES, camera_knots, camera_levels, curve, local_tone, shaped
-from cdnctl.core.noise import noised, sample_sigma
+from cdnctl.core.coloured import OCTAVES, curve, local_tone
+from cdnctl.core.noise import sample_sigma
 from cdnctl.errors import UsageError
 from cdnctl.images import PEAK
+from cdnctl.training.cameras import MARGIN, Cameras, described, photographs
 from cdnctl.training.config import DataConfig, LossConfig, NoiseConfig
 from cdnctl.training.datasets import Pictures
+
+_BLOCK = 8  # pixels of a block of JPEG
+_ZOOMS = 4  # sizes of scenes in a batch, between _LEAST and _MOST pixels of a picture a pixel
+_LEAST, _MOST = 0.45, 2.0
+
+# How `restore.measuring`, which looks at the flattest places, errs on simulated photographs, whose
+# noise is less there than at edges that JPEG has coded: the logarithm of what it finds over what
+# there is, in the mean and by chance, and by luma and chroma and octave. Some texture it takes for
+# noise.
+_SHORT, _UNSURE = -0.35, 0.45
+_SHORTER = torch.tensor([[0.1, 0.1, 0.1, 0.1], [-0.9, -0.5, 0.0, 0.4]])
+_TEXTURE = 0.1
 
 
 @dataclass(frozen=True)
@@ -101,12 +115,12 @@ class Batches:
         g = self._generator(0, step)
         which = torch.cat([self._draw(0, step), self._draw(1, step)])
         batch = self._rows(which, self.data.patch, g, rows)
+        if self.noise.camera:
+            batch = self._with_photographs(batch, which, g, rows)
         if self.data.flats:
             batch = self._with_flats(batch, g, len(which), rows)
         if self.data.patterns:
             batch = self._with_patterns(batch, g, len(which), rows)
-        if self.noise.camera:
-            batch = self._with_camera_noise(batch, g, len(which), rows)
         if self.counts[2]:
             g = self._generator(-1, step)
             which = self._draw(2, step)
@@ -196,28 +210,77 @@ class Batches:
         pattern = torch.where(which[:, None].bool(), colours[1], colours[0])
         return _replaced(batch, chosen[rows], pattern[rows])
 
-    def _with_camera_noise(
-        self, batch: Batch, g: torch.Generator, count: int, rows: slice
+    def _with_photographs(
+        self, batch: Batch, which: Tensor, g: torch.Generator, rows: slice
     ) -> Batch:
-        """The noise of some crops shaped as cameras do it; what is told of it errs a little."""
-        device, side = batch.clean.device, batch.clean.shape[-1]
+        """Some crops replaced by what simulated cameras make of others of the same pictures; what
+        is told of their noise errs a little. It is computed on the host."""
+        count, side = len(which), self.data.patch
         chosen = torch.rand(count, generator=g) < self.noise.camera
-        levels, knots = camera_levels(count, g), camera_knots(count, g)
-        errors = 0.15 * torch.randn(count, 2, OCTAVES, generator=g)
-        around = side + 16  # shaped noise is periodic
-        white = torch.randn(count, 3, around, around, generator=g)
-        levels, knots, errors = (_send(t[rows], device) for t in (levels, knots, errors))
+        # Blocks of JPEG begin anywhere in a crop, and so does the mosaic.
+        shown = side + _BLOCK * 2
+        scenes = self._scenes(which, shown + 2 * MARGIN, g)
+        clean, noisy = photographs(scenes, Cameras.random(count, g), g)
+        sigma, spectrum, knots = described(clean, noisy)
+        top, left = (int(torch.randint(2 * _BLOCK + 1, (1,), generator=g)) for _ in range(2))
+        clean, noisy = (x[..., top : top + side, left : left + side] for x in (clean, noisy))
+        sigma = sigma.clamp_min(0.25 / PEAK)
+        noise = (noisy - clean) / sigma.view(-1, 1, 1, 1)
+        told, spectrum, knots = _mistaken(sigma, spectrum, knots, g)
+        relief = curve(local_tone(noisy), knots)
+        device = batch.clean.device
         here = _send(chosen[rows], device)
-        noise, spectrum = shaped(_send(white[rows], device), levels)
-        noise = noise[..., :side, :side] * curve(batch.clean.mean(1, keepdim=True), knots)
-        noise = torch.where(here.view(-1, 1, 1, 1), noise, batch.noise)
-        relief = curve(local_tone(noised(batch.clean, batch.sigma, noise)), knots)
+
+        def instead(value: Tensor, before: Tensor) -> Tensor:
+            where = here.view(-1, *[1] * (value.ndim - 1))
+            return torch.where(where, _send(value[rows], device), before)
+
         return replace(
             batch,
-            noise=noise,
-            spectrum=torch.where(here.view(-1, 1, 1), spectrum + errors, 0),
-            relief=torch.where(here.view(-1, 1, 1, 1), relief, 1),
+            clean=instead(clean, batch.clean),
+            noise=instead(noise, batch.noise),
+            sigma=instead(sigma, batch.sigma),
+            told=instead(told, batch.told),
+            spectrum=instead(spectrum, torch.zeros_like(_send(spectrum[rows], device))),
+            relief=instead(relief, torch.ones_like(_send(relief[rows], device))),
         )
+
+    def _scenes(self, which: Tensor, side: int, g: torch.Generator) -> Tensor:
+        """Crops (B, 3, side, side) of pictures, smaller and larger than they are: a camera's lens
+        does not resolve its pixels, and those of the web are made smaller. On the host."""
+        count = len(which)
+        order = torch.randperm(count, generator=g)
+        scenes = torch.empty(count, self.pictures.channels, side, side)
+        for k, rows in enumerate(order.chunk(_ZOOMS)):
+            # Stratified: a batch has all sizes.
+            u = (k + float(torch.rand((), generator=g))) / _ZOOMS
+            reach = round(side * _LEAST * (_MOST / _LEAST) ** u)
+            room = (self.sizes[which[rows]] - reach).clamp_min(0)
+            at = (torch.rand(len(rows), 2, generator=g, dtype=torch.float64) * (room + 1)).long()
+            turn = torch.randint(8, (len(rows),), generator=g)
+            crops = self.pictures.crops(which[rows], at[:, 0], at[:, 1], turn, reach).cpu()
+            scenes[rows] = resize(crops, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return scenes
+
+
+def _mistaken(
+    sigma: Tensor, spectrum: Tensor, knots: Tensor, g: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A level (B,), spectrum (B, 2, OCTAVES) and curve (B, K) of noise, as far from the truth as
+    what is measured of a photograph."""
+    count = len(sigma)
+
+    def chance(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=g)
+
+    told = sigma * (_SHORT + _UNSURE * chance()).exp()
+    texture = torch.rand(count, generator=g) < _TEXTURE
+    taken = (2 * torch.rand(count, generator=g)).exp()
+    return (
+        torch.where(texture, told * taken, told),
+        spectrum + _SHORTER + 0.4 * chance(2, OCTAVES),
+        knots * (0.15 * chance(knots.shape[1])).exp(),
+    )
 
 
 def _replaced(batch: Batch, here: Tensor, pictures: Tensor) -> Batch:
