@@ -37,7 +37,7 @@ class Models:
         self._loaded: dict[str | Path, Model] = {}
         if name != AUTO:
             self._knowing(name)
-        elif self._headers and not any(map(self._knows, self._headers)):
+        elif self._white and not any(map(self._knows, self._white)):
             # No picture can be done: better said now than when the first one comes.
             self._knowing(max(self._white, key=lambda n: self._headers[n].patch))
 

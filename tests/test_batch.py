@@ -19,14 +19,18 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from camera import Camera, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skimage.data import astronaut
 from tiny import files, noisy_picture, save_tiny, write
 
+from cdnctl import checkpoints, images
 from cdnctl import files as naming
-from cdnctl import images
+from cdnctl.core.noise import noised_array
 from cdnctl.errors import UsageError, WeightsError
 from cdnctl.images import Image, Metadata
+from cdnctl.measure.evaluate import evaluate, find_samples
 from cdnctl.restore import Denoise, Level, Restored, Settings, batch_size, noise_level, restore
 from cdnctl.restore.batch import AHEAD, LARGE_PIXELS, Batch, Done, count_pixels, large_last
 from cdnctl.restore.manifest import Manifest
@@ -422,6 +426,45 @@ def test_a_bad_file_costs_that_file_alone(tmp_path: Path) -> None:
     for name in files(out):
         expected = restore(images.read(source / name), models.pick(20, 24), Settings(SIGMA)).image
         assert (out / name).read_bytes() == images.encode(expected, Path(name).suffix)
+
+
+def test_auto_looks_at_the_noise_of_each_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder, in a pipe and in a table of scores: who has a camera's noise is done by the
+    model of cameras, unless its level or class is told."""
+    for name, arch in (("photo", "hybrid"), ("camera", "unet")):
+        heard = {"coloured": arch == "unet"}
+        save_tiny(tmp_path / "weights" / f"{name}.safetensors", arch, patch=48, **heard)
+    monkeypatch.setattr(checkpoints, "PACKAGE", tmp_path)
+    scene = astronaut()[:128, :128] / 255
+    source = tmp_path / "in"
+    by_camera = pair(scene, Camera(gain=2e-3, read=5e-3), np.random.default_rng(0))[1]
+    white = noised_array(scene.astype(np.float32), 0.08, np.random.default_rng(0))
+    for name, samples in (("a", by_camera), ("b", white), ("c", by_camera[:, ::-1])):
+        write(source / f"{name}.png", samples)
+
+    def chosen(options: Settings) -> dict[str, str]:
+        jobs = plan([source], tmp_path / "out", True)
+        found = {}
+        for done in Batch(Models("auto", CPU), Denoise(options), overwrite=True).run(jobs):
+            assert done.restored is not None
+            found[done.job.source.stem] = done.restored.model.name
+            alone = restore(images.read(done.job.source), done.restored.model, options)
+            written = images.read(done.job.output).samples
+            np.testing.assert_array_equal(written, alone.image.samples)
+        return found
+
+    assert chosen(Settings()) == {"a": "camera", "b": "photo", "c": "camera"}
+    assert set(chosen(Settings(SIGMA)).values()) == {"photo"}
+    assert set(chosen(Settings(target="cat")).values()) == {"photo"}
+    photo, camera = (Models(name, CPU).pick(128, 128) for name in ("photo", "camera"))
+    samples = find_samples(source, source, photo)
+    both, first, second = (
+        [row.psnr for row in evaluate(samples, one, [], camera=other)]
+        for one, other in ((photo, camera), (photo, None), (camera, None))
+    )
+    assert both == [second[0], first[1], second[2]] and first != second
 
 
 def test_an_output_that_cannot_be_written_costs_that_file_alone(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ BAD_CONFIGS = {
     "[noise]\nhigh = nan": ("noise", "nan"),
     "[run]\nprecision = 'half'": ("run.precision", "'half'", "bfloat16"),
     "[noise]\nwide = 0.1": ("noise.top", "0.0", "60.0"),
+    "[noise]\ncamera = 0.1\n[model]\ncoloured = true\nchannels = 1": ("noise.camera", "channels"),
     "[noise]\ncamera = 0.1": ("noise.camera", "0.1", "model.coloured"),
     "[data": ("not valid TOML",),
     "a = 1\na = 2": ("not valid TOML",),

@@ -46,8 +46,8 @@ class NoiseConfig:
     power: float = 1.0  # sigma = low + (high - low) u^power
     mismatch: float = 0.0  # share of pictures with less noise given than there is, see Batch
     excess: float = 0.0  # share of pictures with more noise given than there is
-    # Share of pictures with noise like that of cameras, shaped by octave, colour and tone; the
-    # network hears its shape.
+    # Share of pictures taken by simulated cameras, see `training.cameras`; of their noise the
+    # network hears what can be measured.
     camera: float = 0.0
     wide: float = 0.0  # share of pictures with levels from high to top, uniform in their logarithm
     top: float = 0.0
@@ -230,6 +230,11 @@ def _check(c: TrainConfig) -> None:
         raise ConfigError(
             f"noise.camera is {c.noise.camera}, but model.coloured is not true: such a network "
             "does not hear what such noise is like"
+        )
+    if c.noise.camera and c.model.get("channels", 3) != 3:
+        raise ConfigError(
+            f"noise.camera is {c.noise.camera}, but model.channels is {c.model['channels']}: the "
+            "simulated cameras take pictures of three colours"
         )
     if c.data.thumbnail and not c.data.class_batch and c.loss.classes:
         raise ConfigError(
