@@ -13,6 +13,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
+import tifffile
+from camera import mosaic, to_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from specimens import (
@@ -362,3 +364,42 @@ def test_a_notebook_shows_an_image_on_one_line() -> None:
     full = Image(samples, samples[..., 0], Metadata(icc=ICC, xmp=b"x" * 10**6), ("a note",))
     told = ("alpha", f"icc of {len(ICC)} bytes", "xmp of 1000000 bytes", "a note")
     assert repr(full) == f"Image(uint16 (100, 200, 3), 0..59999, {', '.join(told)})"
+
+
+def dng(scene: np.ndarray, **texts: str) -> bytes:
+    """A raw file whose sensor saw a scene (H, W, 3) in [0, 1] of sRGB values at half exposure."""
+    identity = [v for entry in (3.2404542, -1.5371385, -0.4985314, -0.9692660, 1.8760108, 0.0415560,
+                                0.0556434, -0.2040259, 1.0572252)
+                for v in (round(entry * 10**7), 10**7)]  # fmt: skip
+    black, white = 500, 16500
+    seen = np.rint(mosaic(to_linear(scene)) / 2 * (white - black) + black).astype(np.uint16)
+    tags = [
+        (50706, 1, 4, b"\1\4\0\0", True),
+        (33421, 3, 2, (2, 2), True),
+        (33422, 1, 4, b"\0\1\1\2", True),
+        (50721, 10, 9, identity, True),
+        (50728, 5, 3, [1] * 6, True),
+        (50714, 3, 1, black, True),
+        (50717, 3, 1, white, True),
+        (50778, 3, 1, 21, True),
+        *((code, 2, 0, texts[name], True) for name, code in (("maker", 271), ("model", 272))),
+    ]
+    out = io.BytesIO()
+    tifffile.imwrite(out, seen, photometric=32803, extratags=tags, metadata=None)
+    return out.getvalue()
+
+
+def test_raw_is_as_bright_as_it_was_exposed_and_says_who_took_it():
+    pytest.importorskip("rawpy", reason="camera raw is an extra")
+    scene = np.full((96, 128, 3), [0.3, 0.5, 0.4])
+    scene[:, 64:] = 0.7
+    image = images.decode(dng(scene, maker="Maker", model="Model 1"), "a.dng")
+    assert image.dtype == np.uint16 and image.samples.shape == (96, 128, 3)
+    for columns in (slice(16, 48), slice(80, 112)):
+        found = to_linear(image.pixels[16:80, columns].astype(np.float64)).mean((0, 1))
+        want = to_linear(scene[16:80, columns]).mean((0, 1)) / 2
+        np.testing.assert_allclose(found, want, rtol=0.05)
+    tags = PIL.Image.Exif()
+    tags.load(image.metadata.exif)
+    assert (tags[271], tags[272], tags[274]) == ("Maker", "Model 1", 1)
+    assert any("raw" in note for note in image.notes)
