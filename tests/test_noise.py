@@ -11,6 +11,7 @@ from scipy.ndimage import gaussian_filter
 from skimage import data
 from skimage.transform import resize
 
+from cdnctl.core.noise import unclipped_gain
 from cdnctl.images import Image
 from cdnctl.restore import noise_level
 from cdnctl.restore.measuring import halved, measure
@@ -202,3 +203,14 @@ def test_dithers_stripes_and_checks_are_no_noise() -> None:
     assert (
         noise_level(Image.of(photo + 15 / 255 * white(photo.shape), np.uint8).samples).sigma > 0.05
     )
+
+
+def test_clipped_noise_is_measured_as_it_was_before() -> None:
+    """By its own mean and variance: the gain of the variance is that of the clipping."""
+    rng = np.random.default_rng(0)
+    for mu in (0.0, 0.1, 0.5, 0.95):
+        for sigma in (0.02, 0.1, 0.3):
+            y = np.clip(mu + sigma * rng.standard_normal(400_000), 0, 1)
+            gain = unclipped_gain(y.mean(keepdims=True), y.var(keepdims=True), 100.0)
+            assert np.sqrt(gain[0] * y.var()) == pytest.approx(sigma, rel=0.02), (mu, sigma)
+    assert unclipped_gain(np.array([0.5, 0.001]), np.array([1e-6, 0.1])).tolist() == [1, 4]

@@ -102,3 +102,27 @@ def unclipped(
     few = 0.01  # samples of a window that prove nothing
     weight = np.minimum(2 * (share + few) / (expected + 2 * few), 1)
     return (denoised + weight * (x - denoised)).astype(denoised.dtype)
+
+
+def unclipped_gain(mean: np.ndarray, variance: np.ndarray, most: float = 4.0) -> np.ndarray:
+    """How many times greater the variance of Gaussian noise was before it was clipped to [0, 1],
+    where clipped it has this mean and variance: arrays of one shape, as the result, which is at
+    most ``most``."""
+    from scipy.special import ndtr
+
+    def spread_of(mu: np.ndarray, sigma: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """Variance of clipped noise around ``mu``, whose mean after that is ``mean``."""
+        low, high = -mu / sigma, (1 - mu) / sigma  # the ends, in standard deviations
+        at_low, at_high = (np.exp(-(z**2) / 2) / (2 * np.pi) ** 0.5 for z in (low, high))
+        inside = (mu**2 + sigma**2) * (ndtr(high) - ndtr(low))
+        return inside + sigma * (mu * at_low - (1 + mu) * at_high) + ndtr(-high) - mean**2
+
+    mu, sigma = mean.astype(float), np.sqrt(np.maximum(variance, 1e-12))
+    least = sigma.copy()
+    for _ in range(50):
+        first = clipped_mean(mu, sigma)
+        spread = spread_of(mu, sigma, first)
+        mu = np.clip(mu + mean - first, -2, 3)
+        step = np.sqrt(variance / np.maximum(spread, 1e-12))
+        sigma = np.clip(sigma * np.clip(step, 0.5, 2), least, least * most**0.5)
+    return (sigma / least) ** 2

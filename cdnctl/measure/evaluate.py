@@ -131,7 +131,7 @@ class _Job:
     @property
     def by_camera(self) -> bool:
         """Whether it came with the noise of a camera."""
-        return self.level.noise is not None and self.level.noise.camera
+        return self.level.noise is not None and self.level.noise.by_camera
 
     @property
     def kind(self) -> tuple[int, ...]:

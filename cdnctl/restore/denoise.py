@@ -72,7 +72,7 @@ def measured(image: Image, settings: Settings) -> Level:
 
 def by_camera(level: Level, settings: Settings) -> bool:
     """Whether a picture is for a model of the noise of cameras, which knows no classes."""
-    return settings.target is None and level.noise is not None and level.noise.camera
+    return settings.target is None and level.noise is not None and level.noise.by_camera
 
 
 def _left_alone(image: Image, model: Model) -> Restored:

@@ -22,14 +22,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cdnctl.core.noise import unclipped_gain
 from cdnctl.images import PEAK
 from cdnctl.restore.noise import AXES, OCTAVES, Array, Noise
 
 _BLOCK = 8
 _NODES = 9  # of the curve over tones
-# Shares of clipped pixels from which a block is not measured: the second, which loses a tenth of
-# the level, where the first leaves less than a tenth of the blocks, as strong noise does.
-_CLIPPED = (0.05, 0.25)
+# Shares of clipped pixels from which a block is not measured: each of the others where those
+# before leave less than a tenth of the blocks, as strong noise does.
+_CLIPPED = (0.05, 0.25, 0.6)
 _QUANTILE = 0.05  # share of a tone's blocks that is taken to be flat
 _BINS = 6
 _LEAST = 24  # blocks that a tone needs
@@ -84,8 +85,8 @@ def _octave(pixels: Array, clipped: Array, stride: int) -> _Octave | None:
     even, odd = (((blocks @ basis) ** 2).mean(2) for basis in (_EVEN, _ODD))
     tones = blocks[:, 0].mean(1)
     share = _blocks(clipped, stride).mean((1, 2))
-    strict, loose = (share < most for most in _CLIPPED)
-    usable = strict if strict.mean() > 0.1 else loose
+    usable = next((u for most in _CLIPPED if (u := share < most).mean() > 0.1), share < 1)
+    usable &= share < _CLIPPED[-1]
     # Blocks without any variation are borders and areas that were drawn, not photographed;
     # where they make up most of the picture it is a drawing, and they say so: no noise.
     blank = (even + odd).sum(1) < 1e-9
@@ -155,6 +156,7 @@ def measure(pixels: Array, alpha: Array | None = None, camera: bool = False) -> 
     if alpha is not None:
         clipped |= sampled(alpha[:, :, None]) == 0
     clipped = clipped.astype(np.float32)
+    cut = y.min() >= 0 and y.max() <= 1  # floats may go beyond black and white
     channels = y.shape[2]
     axes = AXES if channels == 3 else np.eye(1)
     emptied = _emptied(y)
@@ -172,8 +174,26 @@ def measure(pixels: Array, alpha: Array | None = None, camera: bool = False) -> 
     if not found:
         nothing = ((0.0,) * OCTAVES,) * channels
         return Noise((0.0, 1.0), (1.0, 1.0), nothing, 0.0, measured=False)
+    found = _unclipped(found, channels) if cut else found
     model = _model(found, channels, emptied, camera)
     return replace(model, confidence=0.0) if pattern else model
+
+
+def _unclipped(found: Sequence[_Octave], channels: int) -> list[_Octave]:
+    """The octaves as they would be if no value had been cut off at black and white, which takes as
+    much from each: by what the finest says of the noise of a pixel, white noise most of all."""
+    scale = np.sqrt(channels)
+    fine = found[0]
+    gain = unclipped_gain(fine.tones / scale, fine.variances.mean(1))
+    order = np.argsort(fine.tones)
+    return [
+        replace(
+            part,
+            variances=part.variances
+            * np.interp(part.tones, fine.tones[order], gain[order])[:, None],
+        )
+        for part in found
+    ]
 
 
 def _is_pattern(pixels: Array) -> bool:

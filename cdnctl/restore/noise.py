@@ -130,6 +130,11 @@ class Noise:
         return len(self.levels) == 3 and self.safe > 0 and (uneven or not self.is_white)
 
     @property
+    def by_camera(self) -> bool:
+        """Whether its octaves differ as well: it has come through demosaicing or a filter."""
+        return self.camera and not self.is_white
+
+    @property
     def is_white(self) -> bool:
         """Whether white noise of one level describes it well enough."""
         return bool(self.octaves.max() <= 1.01 * self.octaves.min())
