@@ -185,7 +185,7 @@ def test_what_was_measured_is_told(model: Model) -> None:
     view = View(model, y, Level(0.07, CAMERA))
     told = view.hears(torch.from_numpy(y.transpose(2, 0, 1))[None])
     assert isinstance(told, Told) and told.sigma.item() == pytest.approx(view.sigma)
-    assert view.sigma == pytest.approx(CAMERA.share * CAMERA.sigma)
+    assert view.sigma == pytest.approx(CAMERA.heard) and CAMERA.heard <= CAMERA.sigma
     want = np.log(np.array(CAMERA.levels)[:2] / CAMERA.sigma)
     np.testing.assert_allclose(told.spectrum[0].numpy(), want, atol=1e-6)
     tone = y[:5, :5].mean()

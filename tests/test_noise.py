@@ -29,6 +29,15 @@ def white(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
+@pytest.mark.parametrize("sigma", [25, 50, 75])
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "cat"])
+def test_strong_white_noise_is_found_in_files_that_cut_it_off(name: str, sigma: float) -> None:
+    clean = scene(name)
+    noise = measure(np.clip(clean + sigma / 255 * white(clean.shape), 0, 1))
+    assert noise.is_white
+    assert 255 * noise.sigma == pytest.approx(sigma, rel=0.12)
+
+
 @pytest.mark.parametrize("sigma", [5, 15, 25, 50])
 @pytest.mark.parametrize("name", ["astronaut", "coffee", "cat"])
 def test_white_noise_is_found_and_called_white(name: str, sigma: float) -> None:

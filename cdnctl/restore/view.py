@@ -84,7 +84,7 @@ class View:
         noise = self.level.noise
         self.coloured = needs.coloured and noise is not None and noise.camera and not gray
         if self.coloured and noise is not None:
-            self.sigma = self.told = noise.share * noise.sigma
+            self.sigma = self.told = noise.heard
         # Extended by mirroring to what the network works on: whole cells.
         height, width = (n + -n % needs.multiple for n in (self.height, self.width))
         self.tiles = plan_tiles(model, height, width, tile, memory, gradient)
@@ -167,7 +167,7 @@ class View:
         noise = self.level.noise
         if noise is not None:
             tone = (y + correction).mean(1, keepdim=True)
-            strength = EXCESS * noise.share * noise.sigma
+            strength = EXCESS * (self.sigma if self.coloured else noise.share * noise.sigma)
             correction = held_to(correction, strength * _relative(noise, tone))
         most = self.sigma
         if self.coloured and noise is not None:
