@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +143,15 @@ def test_a_field_like_photographs() -> None:
 def test_reaches_that_cannot_be(reach: int) -> None:
     with pytest.raises(UsageError, match=f"a reach of {reach}: give an odd number from 1 to"):
         flat_error(power_law(8, 3), 0.5, reach)
+
+
+@pytest.mark.slow
+def test_the_script_prints_the_table() -> None:
+    script = Path(__file__).parent.parent / "examples" / "local_oracle.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["sigma", "20", "100", "260"]
+    assert [line[-3:] for line in lines if line[:3] == ["5", "x", "5"]] == [
+        ["27.74", "20.69", "15.50"],
+        ["27.52", "21.51", "18.61"],
+    ]
