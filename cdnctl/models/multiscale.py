@@ -58,10 +58,9 @@ class LocalConfig:
         count, wide = 1 + 2 * self.blocks, self.reach // 2
         return tuple(3 if i * wide % count < wide else 1 for i in range(count))
 
-    @property
-    def floats(self) -> int:
-        """About what a pass keeps for each cell, in numbers."""
-        return self.width * (3 + 2 * self.blocks)
+    def floats(self, inputs: int) -> int:
+        """About what a pass has in flight for each cell, in numbers."""
+        return 4 * self.width + 2 * inputs
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,15 @@ class MultiscaleConfig:
 
     @property
     def needs(self) -> Needs:
-        """What networks of this shape ask for."""
-        floats = self.coarse.floats / 4**self.levels + 8 * self.channels
-        floats += sum(self.details.floats / 4**j for j in range(1, self.levels + 1))
-        return Needs(self.channels, round(4 * floats), 2**self.levels, self.margin)
+        """What networks of this shape ask for; their memory was measured, right within a quarter.
+
+        Networks run one after the other: the largest counts, and the bands of the picture.
+        """
+        c = self.channels
+        most = self.coarse.floats(c) / 4**self.levels
+        if self.levels:
+            most = max(most, self.details.floats(4 * c) / 4)
+        return Needs(c, round(4 * (most + 12 * c)), 2**self.levels, self.margin)
 
 
 class Local(nn.Module):
