@@ -189,7 +189,7 @@ def weights_hash(path: Path) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(read_weights(path)[1].items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from cdnctl.core.joint import Denoiser
 from cdnctl.errors import UsageError
 
+Variance = TypeVar("Variance", float, Tensor)
 Watch = Callable[[float], None]  # is told the share of the work that is done, in (0, 1]
 
 
@@ -120,10 +122,13 @@ def stir(
     return y
 
 
-def mode_variance(variance: float, sigmas: Sequence[float], beta: float, start: float) -> float:
+def mode_variance(
+    variance: Variance, sigmas: Sequence[float], beta: float, start: float
+) -> Variance:
     """The variance that `sample` gives to a component of pictures that is Gaussian of the given
-    variance, from y with the variance ``start`` in it; exact, for the exact denoiser."""
-    v = start
+    variance, from y with the variance ``start`` in it; exact, for the exact denoiser. Of many
+    components at once for a tensor of variances."""
+    v = start + 0 * variance
     for sigma, lower in pairwise(sigmas):
         h, amplitude = step(sigma, lower, beta)
         v = (1 - h * sigma**2 / (variance + sigma**2)) ** 2 * v + amplitude**2

@@ -21,7 +21,7 @@ from tiny import noisy_picture, picture, write
 from torch import Tensor, nn
 
 from cdnctl.api import Model, load
-from cdnctl.checkpoints import Header, build_module, load_model, save_model
+from cdnctl.checkpoints import Header, build_module, load_model, save_model, weights_hash
 from cdnctl.core import joint
 from cdnctl.core.joint import Corrector, HasClassFeatures, HasPosterior, Joint, per_sample
 from cdnctl.errors import ConfigError, ImageError, UsageError, WeightsError
@@ -410,8 +410,12 @@ def test_save_and_load_to_the_bit(arch: str, tmp_path: Path) -> None:
     assert (read.arch, read.classes) == (header.arch, header.classes)
     assert type(again) is EVERY[arch].module and not again.training
     assert again.needs == net.needs
+    first = weights_hash(path)
     for key, value in net.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
+        save_model(path, again.state_dict() | {key: value + 1}, header)
+        # Even of a tensor that is a single number; some are empty.
+        assert (weights_hash(path) != first) == (value.numel() > 0), key
     y = pictures(net)
     want = outputs(net, y, SIGMA)
     for name, got in outputs(again, y, SIGMA).items():

@@ -266,8 +266,9 @@ SIGMA = torch.tensor([0.1, 0.35])
 
 
 def having(*protocols: type) -> list[tuple[str, str]]:
-    """Names of the networks that have all of that, each with every norm."""
-    found = [a for a, r in REGISTRY.items() if all(issubclass(r.module, p) for p in protocols)]
+    """Names of the networks on the trunk that have all of that, each with every norm."""
+    trunks = {a: r.module for a, r in REGISTRY.items() if r.config is NetConfig}
+    found = [a for a, m in trunks.items() if all(issubclass(m, p) for p in protocols)]
     return list(product(found, NORMS))
 
 

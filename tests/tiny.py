@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from cdnctl import images
 from cdnctl.api import Model, load
 from cdnctl.checkpoints import Header, build_module, save_model
 from cdnctl.images import Image
+from cdnctl.models import NetConfig, architecture
 
 CLASSES = ("cat", "dog", "café crème")
 
@@ -33,16 +34,15 @@ def save_tiny(
     """Random weights; classes weigh enough to be seen in a correction.
 
     gaussian: no energy and no class scores but a bias, which leaves the exact denoiser
-    of pixels that are Gaussian with mean 1/2 and standard deviation 1/4.
+    of pixels that are Gaussian with mean 1/2 and standard deviation 1/4. An architecture that is
+    not on the trunk is its example.
     """
-    model = {
-        "num_classes": len(classes),
-        "widths": [8, 16],
-        "blocks": [1, 1],
-        "unshuffle": 2,
-        "norm": "pixel",
-        "head": 8,
-    } | shape
+    line = architecture(arch)
+    model = asdict(line.example)
+    if line.config is NetConfig:
+        model = {"widths": [8, 16], "blocks": [1, 1], "unshuffle": 2, "norm": "pixel", "head": 8}
+    classes = classes if line.knows_classes else ()
+    model |= ({"num_classes": len(classes)} if classes else {}) | shape
     header = Header(
         name=path.stem,
         arch=arch,

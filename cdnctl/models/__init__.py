@@ -27,6 +27,7 @@ from cdnctl.errors import ConfigError
 from cdnctl.models.baselines import Classifier, UNet
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.models.hybrid import Hybrid
+from cdnctl.models.multiscale import LocalConfig, Multiscale, MultiscaleConfig
 from cdnctl.models.network import Mixture, Needs, Network, Whole
 from cdnctl.models.scattering import FixedConfig, FixedScattering, Scattering, ScatteringConfig
 from cdnctl.models.trunk import NetConfig
@@ -57,6 +58,7 @@ class Architecture(NamedTuple):
         return any(field.name == "num_classes" for field in fields(self.config))
 
 
+_SMALL = LocalConfig(reach=3, width=4, blocks=1)
 _TINY = NetConfig(num_classes=3, widths=(4, 8), blocks=(1, 1), norm="pixel", groups=2, head=8)
 
 REGISTRY: Mapping[str, Architecture] = {
@@ -64,6 +66,9 @@ REGISTRY: Mapping[str, Architecture] = {
     "hybrid": Architecture(NetConfig, Hybrid, _TINY, "joint"),
     "classifier": Architecture(NetConfig, Classifier, _TINY, "classifying"),
     "unet": Architecture(NetConfig, UNet, _TINY, "denoising"),
+    "multiscale": Architecture(
+        MultiscaleConfig, Multiscale, MultiscaleConfig(3, 2, _SMALL, _SMALL), "scales"
+    ),
     "scattering": Architecture(
         ScatteringConfig, Scattering, ScatteringConfig(3, widths=(4, 6)), "classifying"
     ),

@@ -31,6 +31,12 @@ class Both(Corrector, HasPosterior, Protocol):
     """What denoises and classifies."""
 
 
+class ByScales(Corrector, Protocol):
+    """What denoises scale after scale, and can be given the clean picture's coarser ones."""
+
+    def taught(self, y: Tensor, sigma: Sigma, clean: Tensor) -> Tensor: ...
+
+
 def joint(model: Both, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Denoise, some pictures given their class, and classify in the same pass."""
     noisy = _noisy(batch)
@@ -49,6 +55,14 @@ def denoising(model: Corrector, batch: Batch, config: LossConfig) -> tuple[Tenso
     return matching, torch.zeros_like(matching)
 
 
+def scales(model: ByScales, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Denoise each band of a picture, given the clean coarser picture."""
+    noisy = _noisy(batch)
+    correction = model.taught(noisy, _told(batch), batch.clean)
+    matching = _matching(noisy + correction, batch, config)
+    return matching, torch.zeros_like(matching)
+
+
 def classifying(model: HasPosterior, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Classify; noise is there, but nothing to be matched."""
     parts = [] if batch.alone else [batch]
@@ -60,6 +74,7 @@ def classifying(model: HasPosterior, batch: Batch, config: LossConfig) -> tuple[
 OBJECTIVES: Mapping[str, Objective] = {
     "joint": joint,
     "denoising": denoising,
+    "scales": scales,
     "classifying": classifying,
 }
 
