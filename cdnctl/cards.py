@@ -49,6 +49,12 @@ def _budgets(training: Mapping[str, Any]) -> Iterator[str]:
         f"- budget: {training.get('steps', 0)} steps, {training.get('pictures', 0)} pictures, "
         f"{training.get('seconds', 0) / 60:.0f} minutes"
     )
+    if drawn := training.get("drawn"):
+        yield (
+            f"- not trained so itself, but drawn anew from the covariances of weights "
+            f"{drawn['weights']}, which were: seed {drawn['seed']}, control {drawn['control']}, "
+            f"{drawn['pictures']} pictures looked at"
+        )
     if before := training.get("started_from"):
         yield f"- started from weights {before['weights']}, of training data {before['data']}"
         yield from _budgets(before["training"])
@@ -69,6 +75,7 @@ def card(path: Path) -> str:
         raise WeightsError(
             f"{str(path)!r} has a damaged account of its training: {brief(error)}"
         ) from None
+    maker = "models resample" if "drawn" in header.training else "train"
     low, high = header.sigma_range
     count = sum(v.numel() for v in state.values())
     results = [
@@ -96,7 +103,7 @@ def card(path: Path) -> str:
         f"# {header.name}",
         "",
         "Joint model of noisy pictures and classes "
-        "(Classification-Denoising Networks, Thiry and Guth 2024), made by `cdnctl train`.",
+        f"(Classification-Denoising Networks, Thiry and Guth 2024), made by `cdnctl {maker}`.",
         "",
         f"- architecture: `{header.arch}`, {count / 1e6:.2f} million parameters, "
         f"`{json.dumps(dict(header.model))}`",
