@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cdnctl.analysis.rainbow import arc_cosine, gaussian, resample, white
 from cdnctl.core.metrics import accuracy
-from cdnctl.training.datasets import Pictures, find_pictures
+from cdnctl.training.datasets import Pictures, Source, find_pictures
 
 SIDE, BATCH, RATE, MOMENTUM = 32, 128, 0.01, 0.9
 # Of ImageNet, by channel, and what a channel weighs in gray: as in the published preprocessing.
@@ -55,9 +55,8 @@ def cnn(classes: int) -> nn.Sequential:
 NETWORKS = {"MLP": mlp, "CNN": cnn}
 
 
-def read(roots: Sequence[Path], classes: Sequence[str]) -> Set:
-    """All pictures of datasets, which must be of 32 x 32 pixels, in gray."""
-    sources = [source for root in roots for source in find_pictures(root)]
+def read(sources: Sequence[Source], classes: Sequence[str]) -> Set:
+    """Pictures, which must be of 32 x 32 pixels, in gray."""
     found = Pictures.load(sources, classes, torch.device("cpu"))
     if not bool((found.sizes == SIDE).all()) or bool((found.labels < 0).any()):
         raise SystemExit(f"give pictures of {SIDE} x {SIDE} pixels in class folders")
@@ -140,13 +139,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("train", type=Path, nargs="+", help="folders or zip files of class folders")
     parser.add_argument("--test", type=Path, required=True, help="other pictures of these classes")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--draws", type=int, default=5, help="networks drawn from one")
     parser.add_argument("--frames", type=int, default=10_000, help="pictures to align on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    labels = {str(s.label) for root in args.train for s in find_pictures(root)}
-    data, test = (read(roots, sorted(labels)) for roots in (args.train, [args.test]))
+    sources = [source for root in args.train for source in find_pictures(root)]
+    labels = sorted({str(source.label) for source in sources})
+    data = read(sources, labels)
+    test = read(find_pictures(args.test, "val") or find_pictures(args.test), labels)
     print(f"{len(data[0])} pictures to learn from, {len(test[0])} to try, seed {args.seed}")
     for name, build in NETWORKS.items():
         print(f"\n| {name} | right | energy that alignment explains, by layer |\n|---|---|---|")
