@@ -55,6 +55,12 @@ def _budgets(training: Mapping[str, Any]) -> Iterator[str]:
         f"- budget: {training.get('steps', 0)} steps, {training.get('pictures', 0)} pictures, "
         f"{training.get('seconds', 0) / 60:.0f} minutes"
     )
+    if drawn := training.get("drawn"):
+        yield (
+            f"- not trained so itself, but drawn anew from the covariances of weights "
+            f"{drawn['weights']}, which were: seed {drawn['seed']}, control {drawn['control']}, "
+            f"{drawn['pictures']} pictures looked at"
+        )
     if before := training.get("started_from"):
         yield f"- started from weights {before['weights']}, of training data {before['data']}"
         yield from _budgets(before["training"])
@@ -96,6 +102,7 @@ def card(path: Path) -> str:
         raise WeightsError(
             f"{str(path)!r} has a damaged account of its training: {brief(error)}"
         ) from None
+    maker = "models resample" if "drawn" in header.training else "train"
     low, high = header.sigma_range
     count = sum(v.numel() for v in state.values())
     results = [
@@ -122,7 +129,7 @@ def card(path: Path) -> str:
     lines += [
         f"# {header.name}",
         "",
-        f"{_kind(header)}, made by `cdnctl train`.",
+        f"{_kind(header)}, made by `cdnctl {maker}`.",
         "",
         f"- architecture: `{header.arch}`, {count / 1e6:.2f} million parameters, "
         f"`{json.dumps(dict(header.model))}`",

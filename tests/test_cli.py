@@ -772,6 +772,30 @@ def test_evaluate_refuses(tmp_path: Path, cdnctl: Run, weights: Path, args: Any)
     assert cdnctl("evaluate", "in", "--model", weights, *args).code == 2
 
 
+def test_separation(tmp_path: Path, cdnctl: Run, weights: Path) -> None:
+    """The classes of the folders, which need not be those of the model."""
+    for i in range(12):
+        write(tmp_path / "in" / f"class {i % 2}" / f"{i}.png", picture(20, 24, top=10 * i))
+    command = ("evaluate", "in", "--separation", "--model", weights)
+    done = cdnctl(*command, "--sigma", "0,25", "--json", "--csv", "layers.csv")
+    (report,) = done.records
+    layers = [r["layer"] for r in report["layers"] if r["sigma"] == 0]
+    assert layers == ["picture", "stage 1", "stage 2", "class features"]
+    assert [r["sigma"] for r in report["layers"]] == [0] * 4 + [25] * 4
+    assert all(r["pictures"] == 12 and r["within"] > 0 for r in report["layers"])
+    with (tmp_path / "layers.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["within"]) for r in rows] == [r["within"] for r in report["layers"]]
+    table = cdnctl(*command)
+    assert table.code == 0 and "Fisher ratio" in table.text and "stage 2" in table.text
+    assert "12 pictures are too few" in table.err and table.text.count("stage 1") == 1
+    for more in (("--clip",), ("--plot", "a.png"), ("--noisy", "in"), ("--ensemble", "2")):
+        assert cdnctl(*command, *more).code == 2
+    write(tmp_path / "flat" / "a.png")
+    flat = cdnctl("evaluate", "flat", "--separation", "--model", weights)
+    assert flat.code == 2 and "FOLDER/CLASS" in flat.err
+
+
 # -- models and doctor ----------------------------------------------------------------------
 
 

@@ -64,6 +64,7 @@ NETS = {
         lambda: scattering(bank="spatial", rho="phases", after="relu"),
         (2, 8, 8),
     ),
+    "complex": (lambda: scattering(maps="complex", rho="skip"), (2, 8, 8)),
 }
 
 
@@ -84,8 +85,11 @@ def made(name: str) -> tuple[nn.Module, list[Tensor]]:
 
 
 def turned(rows: Tensor, count: int, g: torch.Generator) -> Tensor:
-    """The same rows in another order: a twin."""
-    return rows[torch.randperm(len(rows), generator=g)]
+    """The same rows in another order, complex ones with other phases: a twin."""
+    rows = rows[torch.randperm(len(rows), generator=g)]
+    if rows.is_complex():
+        rows = rows * torch.exp(2j * torch.pi * torch.rand(len(rows), 1, generator=g))
+    return rows
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -141,14 +145,17 @@ def test_the_old_network_is_left_alone() -> None:
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["real", "complex"])
 @pytest.mark.parametrize("draw", [gaussian, white])
-def test_draws_have_the_covariance_that_they_claim(draw: object) -> None:
+def test_draws_have_the_covariance_that_they_claim(draw: object, kind: str) -> None:
     rows = randn(5, 7) * torch.arange(1, 8)
-    want = rows.T @ rows if draw is gaussian else rows.square().sum() / 7 * torch.eye(7)
+    if kind == "complex":
+        rows = rows + 1j * randn(5, 7, seed=1)
+    want = rows.mH @ rows if draw is gaussian else rows.abs().square().sum() / 7 * torch.eye(7)
     for count in (20_000, 40_000):  # whatever the number of rows
         found = draw(rows, count, generator())  # type: ignore[operator]
         assert found.shape == (count, 7)
-        assert (found.T @ found - want).norm() < 0.04 * want.norm()
+        assert (found.mH @ found - want).norm() < 0.04 * want.norm()
 
 
 def test_a_wide_linear_network_comes_back_whole() -> None:
@@ -207,7 +214,7 @@ def test_kernels_take_the_covariance_into_account() -> None:
         (nn.Sequential(nn.Linear(3, 3, bias=False), nn.ReLU()), "last layer"),
         (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3)), "layer 0"),
         (nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.Linear(4, 3)), "2 groups"),
-        (scattering(maps="complex"), "maps 'real'"),
+        (scattering(frames=2), "frames"),
     ],
 )
 def test_other_networks_are_refused(net: nn.Module, said: str) -> None:

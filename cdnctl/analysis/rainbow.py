@@ -23,8 +23,8 @@ Draw = Callable[[Tensor, int, torch.Generator], Tensor]
 
 
 def gaussian(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Normal rows W' with the covariance of the old ones. The mean of W'^T W' is W^T W for any
-    number of rows, so the scale of the following layers stays the same."""
+    """Normal rows W', real or complex like the old ones, with their covariance. The mean of W'^H W'
+    is W^H W for any number of rows, so the scale of the following layers stays the same."""
     _, s, vh = torch.linalg.svd(rows, full_matrices=False)
     return _normal(count, len(s), rows, generator) @ (s[:, None] * vh) / count**0.5
 
@@ -36,7 +36,8 @@ def white(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _normal(count: int, d: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(count, d, generator=generator, dtype=torch.float64).to(like)
+    wide = torch.promote_types(like.dtype, torch.float64)
+    return torch.randn(count, d, generator=generator, dtype=wide).to(like)
 
 
 class Resampled(NamedTuple):
@@ -81,13 +82,19 @@ def resample(
         if i < len(old) - 1:
             rows = draw(rows.flatten(1), widen * len(rows), generator).unflatten(1, rows.shape[1:])
         if turn is not None:
-            rows = torch.einsum("dc,ocs->ods", turn.to(rows), rows)
+            rows = turned(rows, turn)
         _set(chain[i], rows)
         if widen != 1 and i + 1 < len(old):  # the next map has as many inputs; its rows follow
             following = old[i + 1].rows()
             _set(chain[i + 1], following.repeat(1, widen, 1))
         chain = stages(new)
     return Resampled(new, tuple(explained))
+
+
+def turned(rows: Tensor, turn: Tensor) -> Tensor:
+    """Rows (outputs, channels, places) for inputs that a ``turn`` (new channels, channels) was
+    applied to."""
+    return torch.einsum("dc,ocs->ods", turn.conj().to(rows), rows)
 
 
 def _turn(found: Agreement, stage: Stage, aligned: bool) -> Tensor:
@@ -100,6 +107,10 @@ def _turn(found: Agreement, stage: Stage, aligned: bool) -> Tensor:
 def _set(stage: Stage, rows: Tensor) -> None:
     """Weights (outputs, channels, places) for a map whose widths may change."""
     linear = stage.linear
+    if rows.is_complex():
+        rows = rows.flatten(1)
+        linear.weight = nn.Parameter(torch.stack([rows.real, rows.imag]))
+        return
     kernel = stage.weight.shape[2:]
     linear.weight = nn.Parameter(rows.reshape(len(rows), -1, *kernel).contiguous())
     outputs, inputs = linear.weight.shape[:2]

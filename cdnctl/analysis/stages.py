@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cdnctl.core import spectra
-from cdnctl.models.channels import Standardise
+from cdnctl.models.channels import ChannelMap, Standardise
 from cdnctl.models.scattering import Layer, Scattering
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, Standardise)
@@ -27,8 +27,18 @@ class Stage(NamedTuple):
     norms: tuple[nn.Module, ...]  # of the fixed parts, those that remember statistics
 
     def rows(self) -> Tensor:
-        """The weights, a row for each output: (outputs, channels, places)."""
-        return self.weight.detach().reshape(len(self.weight), self.channels, -1)
+        """The weights, a row for each output: (outputs, channels, places), complex for a complex
+        map."""
+        weight = self.linear.matrix if isinstance(self.linear, ChannelMap) else self.weight
+        return weight.detach().reshape(len(weight), self.channels, -1)
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """Inputs of the map, every place a vector of what its rows multiply: (n, channels)."""
+        if isinstance(self.linear, ChannelMap) and self.linear.complex:
+            reals = self.linear.channels.reals
+            parts = x[:, reals:].chunk(2, 1)
+            x = torch.cat([x[:, :reals].to(x.dtype.to_complex()), torch.complex(*parts)], 1)
+        return spectra.samples(x, self.channels)
 
 
 def stages(net: nn.Module) -> list[Stage]:
@@ -72,8 +82,8 @@ def _of_sequential(net: nn.Sequential) -> list[Stage]:
 
 def _of_scattering(net: Scattering) -> list[Stage]:
     layers = net.trunk.stack()
-    if net.config.maps != "real" or net.config.frames:
-        raise ValueError("only scattering networks with maps 'real' and without frames are chains")
+    if net.config.frames:
+        raise ValueError("frames are maps there and back: only networks without them are chains")
     found: list[Stage] = []
     for i, layer in enumerate(layers):
         behind = layers[i - 1] if i else None
@@ -87,7 +97,7 @@ def _of_scattering(net: Scattering) -> list[Stage]:
             norms.insert(0, behind.after)
         weight = layer.map.weight
         found.append(
-            Stage(f"{i + 1} map", before, layer.map, weight, weight.shape[1], tuple(norms))
+            Stage(f"{i + 1} map", before, layer.map, weight, weight.shape[-1], tuple(norms))
         )
     last, head = layers[-1], net.head
 
@@ -126,7 +136,7 @@ def recalibrate(chain: list[Stage], upto: int, batches: Iterable[Tensor]) -> Non
 class Agreement(NamedTuple):
     """Activations of two networks at one place, aligned."""
 
-    turn: Tensor  # (channels of b, channels of a), float64: turn @ a is like b
+    turn: Tensor  # (channels of b, channels of a), in double precision: turn @ a is like b
     explained: float  # share of the energy, 1 where alignment is perfect
     vectors: int  # that it is taken from
 
@@ -136,11 +146,11 @@ def agreement(a: list[Stage], b: list[Stage], upto: int, batches: Iterable[Tenso
     """Alignment of the inputs of two networks' maps of stage ``upto``; places are samples."""
     k, energy, other, vectors = torch.zeros(()), 0.0, 0.0, 0
     for x in batches:
-        first, second = (
-            spectra.samples(run(chain, x, upto), chain[upto].channels).double() for chain in (a, b)
-        )
-        k = k + second.T @ first
-        energy += float(first.square().sum())
-        other += float(second.square().sum())
+        first, second = (chain[upto].vectors(run(chain, x, upto)) for chain in (a, b))
+        wide = torch.promote_types(first.dtype, torch.float64)
+        first, second = first.to(wide), second.to(wide)
+        k = k + second.T @ first.conj()
+        energy += float(first.abs().square().sum())
+        other += float(second.abs().square().sum())
         vectors += len(first)
     return Agreement(spectra.align(k), spectra.explained(k, energy, other), vectors)

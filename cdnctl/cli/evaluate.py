@@ -1,4 +1,5 @@
-"""cdnctl evaluate: PSNR, SSIM and accuracy on folders of clean pictures."""
+"""cdnctl evaluate: PSNR, SSIM and accuracy on folders of clean pictures, and how the layers of a
+network hold the classes apart."""
 
 from __future__ import annotations
 
@@ -33,6 +34,16 @@ COLUMNS = {
     "accuracy": Column("accuracy", ".2%"),
 }
 
+LAYERS = {
+    "sigma": Column("sigma", "g"),
+    "layer": Column("layer"),
+    "pictures": Column("pictures"),
+    "features": Column("features"),
+    "between": Column("variance between classes", ".4g"),
+    "within": Column("variance within a class", ".4g"),
+    "fisher": Column("Fisher ratio", ".3f"),
+}
+
 
 def register(app: typer.Typer, panel: str) -> None:
     """Add the command to the app."""
@@ -46,7 +57,7 @@ def evaluate(
         typer.Option(
             "--sigma",
             help="Noise levels, 0..255: 15,25,50 or start:stop:step.",
-            show_default="15,25,50",
+            show_default="15,25,50; 0 with --separation",
         ),
     ] = None,
     noisy: Annotated[
@@ -58,10 +69,17 @@ def evaluate(
     ] = False,
     model: ModelsOption = None,
     ensemble: EnsembleOption = 1,
+    separation: Annotated[
+        bool,
+        typer.Option(
+            "--separation",
+            help="How far apart every layer holds the class folders, instead of scores.",
+        ),
+    ] = False,
     seed: Seed = 0,
     limit: Limit = None,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", help="Write a row per picture and noise level.")
+        Path | None, typer.Option("--csv", help="Write a row per picture (or layer) and level.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw PSNR and accuracy over sigma: FILE.png.")
@@ -84,7 +102,10 @@ def evaluate(
         raise UsageError(f"--sigma {sigma} is of noise to add, but --noisy pictures have theirs")
     if clip and noisy is not None:
         raise UsageError("--clip is about noise that is added, but --noisy pictures have theirs")
-    levels = parse_levels("15,25,50" if sigma is None else sigma)
+    for option, given in (("--noisy", noisy), ("--clip", clip), ("--plot", plot)):
+        if separation and given:
+            raise UsageError(f"{option} is about scores, but --separation measures layers instead")
+    levels = parse_levels(("0" if separation else "15,25,50") if sigma is None else sigma)
     for path in filter(None, (csv_file, plot)):
         keep_existing(path, overwrite)
     if plot is not None:
@@ -93,9 +114,13 @@ def evaluate(
         check_plot(plot)
     torch_device = start_torch(device, threads)
 
-    report = Report("scores", COLUMNS, seed, limit, as_json, quiet)
+    kind, columns = ("layers", LAYERS) if separation else ("scores", COLUMNS)
+    report = Report(kind, columns, seed, limit, as_json, quiet)
     report.add(model, torch_device, folder, noisy, ensemble)
-    rows = _measure(report, None if noisy is not None else levels, clip, ensemble)
+    if separation:
+        rows = _separate(report, levels)
+    else:
+        rows = _measure(report, None if noisy is not None else levels, clip, ensemble)
     if csv_file is not None:
         write_csv(csv_file, rows, overwrite)
     if plot is not None:
@@ -141,6 +166,36 @@ def _measure(
             report.tell(model, [scaled(s) for s in summarise(rows, paired)], protocol)
             every += [{"model": report.label(model), **scaled(row)} for row in rows]
     return every
+
+
+def _separate(report: Report, levels: Sequence[float]) -> list[Row]:
+    """How far apart the layers of every model hold the classes; the rows of the table."""
+    from cdnctl.analysis.separation import measure
+    from cdnctl.measure.evaluate import read_pictures
+
+    runs = len(levels) * sum(len(samples) for _, samples in report.models)
+    with progress(runs, report.quiet, report.as_json) as advance:
+        for model, samples in report.models:
+            if any(not sample.place for sample in samples):
+                raise UsageError("--separation needs class folders: FOLDER/CLASS/*.png")
+            pictures = [
+                (s.key, x, s.place.partition("/")[0])
+                for s, x in read_pictures(samples, report.fail)
+            ]
+            rows: list[Row] = []
+            for sigma in levels:
+                for layer, found in measure(model, pictures, sigma, report.seed, advance):
+                    first = {"sigma": sigma, "layer": layer, "pictures": len(pictures)}
+                    rows.append(scaled(found, **first))
+            if not report.quiet and any(row["fisher"] is None for row in rows):
+                wide = max(row["features"] for row in rows)
+                note(
+                    f"{len(pictures)} pictures are too few for the Fisher ratio of every layer of "
+                    f"model {model.name!r}: for {wide} features it takes some {2 * wide}"
+                )
+            protocol = {"noise": "gaussian, not clipped", "features": "means over positions"}
+            report.tell(model, rows, protocol)
+    return report.table
 
 
 def _gaps(levels: Sequence[float] | None, model: Model, samples: Sequence[Sample]) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""cdnctl models: the bundled models, their cards, and the export of trained ones."""
+"""cdnctl models: the bundled models, their cards, the export of trained ones, and new ones drawn
+from their weights."""
 
 from __future__ import annotations
 
@@ -8,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from cdnctl.cli.options import Json
+from cdnctl.cli.common import keep_existing
+from cdnctl.cli.options import Json, Quiet
 from cdnctl.cli.tables import Column, print_table
 from cdnctl.errors import UsageError
 from cdnctl.units import PEAK
 
-app = typer.Typer(help="List the bundled models, show one, or export trained weights.")
+app = typer.Typer(help="List the bundled models, show or export one, or draw one anew.")
 
 
 COLUMNS = {
@@ -31,7 +33,7 @@ def register(parent: typer.Typer, panel: str) -> None:
 
 @app.callback(invoke_without_command=True)
 def models(context: typer.Context, as_json: Json = False) -> None:
-    """List the bundled models, show one, or export trained weights."""
+    """List the bundled models, show or export one, or draw one anew."""
     if context.invoked_subcommand is not None:
         return
     from cdnctl.cards import classes_told
@@ -99,4 +101,47 @@ def export(
                 f"{file!r} does not hold what 'cdnctl evaluate --json' prints ({error})"
             ) from None
     export_weights(find_weights(source), target, reports, half)
+    print(target)
+
+
+@app.command()
+def resample(
+    source: Annotated[
+        str, typer.Argument(help="A bundled model, a run folder such as runs/1, or a weights file.")
+    ],
+    target: Annotated[Path, typer.Argument(help="File to write; its card goes beside it.")],
+    on: Annotated[
+        list[Path],
+        typer.Option("--on", help="Folder or zip file that it was trained on; repeatable."),
+    ],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of all that is drawn.")] = 0,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Look at this many pictures, evenly spaced.")
+    ] = 1024,
+    control: Annotated[
+        str,
+        typer.Option("--control", help="none; white: covariances forgotten; unaligned: frames."),
+    ] = "none",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw new weights of the same covariances: a twin that tells what these are worth.
+
+    Layers are drawn one after the other, each aligned with the old one on pictures of the training.
+    'cdnctl evaluate' then tells how much of the model is left. Maps with fixed filters between them
+    are all drawn, but for the last; of residual networks, the first map of every block.
+    """
+    from cdnctl.checkpoints import SUFFIX
+    from cdnctl.measure.twins import CONTROLS, write_twin
+
+    if target.suffix != SUFFIX:
+        raise UsageError(f"{str(target)!r} must end in {SUFFIX}")
+    if control not in CONTROLS:
+        raise UsageError(f"--control is {control!r}, but must be one of {', '.join(CONTROLS)}")
+    keep_existing(target, overwrite)
+    keep_existing(target.with_suffix(".md"), overwrite)
+    explained = write_twin(source, target, on, seed, limit, control)
+    if not quiet:
+        shares = " / ".join(f"{share:.1%}" for share in explained)
+        print(f"energy of activations that alignment explains, layer by layer: {shares}")
     print(target)

@@ -65,9 +65,10 @@ def write_csv(path: Path, rows: Sequence[Row], overwrite: bool) -> None:
     save(path, text.getvalue().encode(), overwrite)
 
 
-def scaled(item: Any) -> dict[str, Any]:
-    """A dataclass as a row, with its noise level, if it has one, on the command line's scale."""
-    values = asdict(item)
+def scaled(item: Any, **first: Any) -> dict[str, Any]:
+    """A dataclass as a row, behind what comes ``first``; its noise level, if it has one, is on the
+    command line's scale."""
+    values = first | asdict(item)
     if values["sigma"] is not None:
         values["sigma"] = round(values["sigma"] * PEAK, 4)
     return values

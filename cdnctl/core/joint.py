@@ -11,7 +11,7 @@ same unit (50 on the 0..255 scale is 50/255 here).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -101,6 +101,15 @@ class HasClassFeatures(HasPosterior, Protocol):
 
     def logits_of(self, mean_features: Tensor) -> Tensor:
         """Logits, (..., K), from the mean of the features over all positions, (..., F)."""
+        ...
+
+
+@runtime_checkable
+class HasSteps(Protocol):
+    """A network that can be watched at work."""
+
+    def steps(self, y: Tensor, sigma: Tensor | float) -> Iterator[tuple[str, Tensor]]:
+        """What comes out of each of its parts, by name, the picture first: (B, C', h, w) each."""
         ...
 
 

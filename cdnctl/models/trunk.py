@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
@@ -333,6 +334,13 @@ class TrunkNetwork(Network):
         """What the trunk reads of a picture."""
         return Normalised(y, sigma, self.config.multiple)
 
+    def steps(self, y: Tensor, sigma: Tensor | float) -> Iterator[tuple[str, Tensor]]:
+        """The picture at unit scale, then the features of every stage: (B, C', h, w)."""
+        n = self.normalised(y, sigma)
+        yield "picture", n.z
+        for i, h in enumerate(self.trunk.encode(n, self.compute_dtype), 1):
+            yield f"stage {i}", h
+
     def adopted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a network whose stem lacks the channel of ones, or that has no ears, fit too:
         the new parts start at zero."""
@@ -342,8 +350,7 @@ class TrunkNetwork(Network):
             if stem.shape[1] == self.trunk.stem.weight.shape[1] - 1:
                 adopted[key] = torch.cat([stem, torch.zeros_like(stem[:, :1])], 1)
         new = {k: v for k, v in self.state_dict().items() if ".ears." in k}
-        adopted = new | adopted
-        return adopted
+        return new | adopted
 
 
 class Classifying(TrunkNetwork):
@@ -353,12 +360,16 @@ class Classifying(TrunkNetwork):
         super().__init__(config)
         self.head = ClassHead(config)
 
+    def steps(self, y: Tensor, sigma: Tensor | float) -> Iterator[tuple[str, Tensor]]:
+        """The same, and the hidden layer of the head."""
+        for name, made in super().steps(y, sigma):
+            yield name, made
+        yield "class features", self.head.features(made)[0]
+
     def class_features(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """Hidden layer of the head, (B, F, H' / multiple, W' / multiple), like y."""
-        for features in self.trunk.encode(self.normalised(y, sigma), self.compute_dtype):
-            last = features  # the others are let go
-        top: Tensor = self.head.features(last)[0]
-        return top.to(y.dtype)
+        last = deque(self.steps(y, sigma), maxlen=1)  # the others are let go
+        return last.pop()[1].to(y.dtype)
 
     def logits_of(self, mean_features: Tensor) -> Tensor:
         """Logits, (..., K), from means of the class features, (..., F)."""
