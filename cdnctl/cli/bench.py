@@ -16,7 +16,7 @@ from cdnctl.cli.common import keep_existing, start_torch, stderr
 from cdnctl.cli.options import Json, Threads, parse_levels
 from cdnctl.cli.plots import check_plot, curves, draw
 from cdnctl.cli.progress import progress
-from cdnctl.cli.report import Levels
+from cdnctl.cli.report import Levels, Seed
 from cdnctl.cli.tables import Column, print_table, scaled
 from cdnctl.errors import UsageError
 from cdnctl.units import PEAK
@@ -172,6 +172,59 @@ def gradient(
     columns = {name: Column(name) for name in ("model", "task", "precision", "way")}
     ratio = {"ratio": Column("ratio", ".2f"), "reference": Column("to")}
     _print(columns | SECONDS | ratio, rows, as_json)
+
+
+@app.command()
+def repair(
+    folder: Annotated[Path, typer.Argument(help="Clean pictures.")],
+    only: Annotated[
+        str | None,
+        typer.Option("--repairs", help="Only these, comma-separated.", show_default="all"),
+    ] = None,
+    crops: Annotated[int, typer.Option("--crops", min=1, help="How many pictures.")] = 20,
+    size: Annotated[int, typer.Option("--size", min=64, help="Pixels of a crop's side.")] = 128,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="Draws to take a mean of.")] = 10,
+    seed: Seed = 0,
+    model: Annotated[str, typer.Option("--model", help="Which model repairs.")] = "photo",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """inpaint, upscale, deblur and denoise --jpeg beside other ways, on crops of a folder."""
+    start_torch("cpu", threads)
+    from cdnctl.api import load
+    from cdnctl.measure.repairs import REPAIRS, measured
+    from cdnctl.measure.repairs import crops as crops_of
+    from cdnctl.restore.plan import expand
+
+    names = list(REPAIRS) if only is None else only.split(",")
+    if unknown := [name for name in names if name not in REPAIRS]:
+        raise UsageError(
+            f"--repairs {only!r} names the unknown {', '.join(map(repr, unknown))}; known: "
+            f"{', '.join(REPAIRS)}"
+        )
+    if size % 2:
+        raise UsageError(f"--size is {size}, but upscaling by 2 is measured, too: give an even one")
+    pictures = crops_of(expand([folder], recursive=True), crops, size)
+    rows = []
+    with progress(len(pictures) * len(names), quiet=False, as_json=as_json) as advance:
+        loaded = load(model, device="cpu")
+        for row in measured(pictures, loaded, names, samples=samples, seed=seed, watch=advance):
+            rows.append(row)
+            line = f"{row.repair}: {row.gain:+.2f} dB over {row.other}"
+            print(line, file=sys.stderr, flush=True)
+    columns = {
+        "repair": Column("repair"),
+        "psnr": Column("PSNR", ".2f"),
+        "other": Column("beside"),
+        "other_psnr": Column("its PSNR", ".2f"),
+        "gain": Column("gain", "+.2f"),
+        "worst": Column("worst", "+.2f"),
+        "better": Column("better"),
+        "pictures": Column("of"),
+        "denoisings": Column("time in denoisings", ".1f"),
+        "outside": Column("outside its box", ".2f"),
+    }
+    _print(columns, [asdict(row) for row in rows], as_json)
 
 
 def _chosen(methods: str | None) -> list[str]:
