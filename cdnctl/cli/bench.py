@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cdnctl.measure.benchmark import Quality
 
 SECONDS = {"seconds_per_megapixel": Column("s per megapixel", ".2f")}
+LEVELS = "sigma", "expected", "made"  # on the command line's scale
 MEMORY = {"peak_mb": Column("peak MB", ".0f")}
 
 app = typer.Typer(
@@ -225,6 +226,47 @@ def repair(
         "outside": Column("outside its box", ".2f"),
     }
     _print(columns, [asdict(row) for row in rows], as_json)
+
+
+@app.command()
+def confidence(
+    folder: Annotated[Path, typer.Argument(help="Clean pictures.")],
+    sigma: Levels = "15,25,50",
+    crops: Annotated[int, typer.Option("--crops", min=2, help="How many pictures.")] = 200,
+    size: Annotated[int, typer.Option("--size", min=8, help="Pixels of a crop's side.")] = 64,
+    probes: Annotated[int, typer.Option("--probes", min=1, help="Random vectors each.")] = 4,
+    seed: Seed = 0,
+    model: Annotated[str, typer.Option("--model", help="Which model.")] = "photo",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Does a denoiser err by as much as --uncertainty says? On crops of a folder."""
+    levels = parse_levels(sigma)
+    if 0 in levels:
+        raise UsageError(f"sigma 0 in {sigma!r} leaves nothing uncertain: give levels above it")
+    start_torch("cpu", threads)
+    from cdnctl.api import load
+    from cdnctl.measure.confidence import confidence
+    from cdnctl.measure.repairs import crops as crops_of
+    from cdnctl.restore.plan import expand
+
+    pictures = crops_of(expand([folder], recursive=True), crops, size)
+    loaded = load(model, device="cpu")
+    with progress(len(pictures) * len(levels), quiet=False, as_json=as_json) as advance:
+        found = list(confidence(pictures, loaded, levels, probes=probes, seed=seed, watch=advance))
+    columns = {
+        "sigma": Column("sigma", "g"),
+        "pictures": Column("pictures"),
+        "expected": Column("error expected", ".2f"),
+        "made": Column("error made", ".2f"),
+        "ratio": Column("squared, made / expected", ".2f"),
+        "error": Column("give or take", ".2f"),
+    }
+    rows = [
+        asdict(row) | {name: round(PEAK * getattr(row, name), 4) for name in LEVELS}
+        for row in found
+    ]
+    _print(columns, rows, as_json)
 
 
 def _chosen(methods: str | None) -> list[str]:
