@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,11 @@ def fields(count: int, size: int) -> list[torch.Tensor]:
 def rows(bell: Model, *names: str, count: int = 2, size: int = 64) -> dict[str, Row]:
     found = measured(fields(count, size), bell, names, samples=4)
     return {row.repair: row for row in found}
+
+
+def rows_of(done: Any) -> list[dict[str, Any]]:
+    (found,) = done.records
+    return found
 
 
 def decibels(variance: float) -> float:
@@ -118,12 +124,12 @@ def test_the_commands(cdnctl: Run, weights: Path, tmp_path: Path) -> None:
     options = ("--model", weights, "--json")
     done = cdnctl("bench", "repair", "in", "--repairs", "upscale x2", "--size", "64", *options)
     assert done.code == 0, done.err
-    ((row,),) = done.records
+    (row,) = rows_of(done)
     assert (row["repair"], row["other"], row["pictures"]) == ("upscale x2", "bicubic", 2)
     assert row["gain"] == pytest.approx(row["psnr"] - row["other_psnr"], abs=1e-9)
     done = cdnctl("bench", "confidence", "in", "--sigma", "25", "--size", "32", *options)
     assert done.code == 0, done.err
-    ((row,),) = done.records
+    (row,) = rows_of(done)
     assert row["sigma"] == 25 and row["expected"] == pytest.approx(25 * 0.931, abs=0.05)
 
 

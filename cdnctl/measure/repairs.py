@@ -27,7 +27,8 @@ from cdnctl.images import Image
 from cdnctl.inverse.operators import BlockMean, Convolution, Mask, gaussian
 from cdnctl.restore.deblock import Deblock
 from cdnctl.restore.prior import Prior
-from cdnctl.restore.repair import Deblur, Inpaint, Repair, Repaired, Settings, Upscale
+from cdnctl.restore.repair import Repair, Repaired, Settings
+from cdnctl.restore.repairs import Deblur, Inpaint, Upscale
 from cdnctl.sampling import geometric
 
 T = TypeVar("T")
