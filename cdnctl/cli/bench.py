@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cdnctl.cli import claims
+from cdnctl.cli.claims import show
 from cdnctl.cli.common import keep_existing, start_torch, stderr
 from cdnctl.cli.options import Json, Threads, parse_levels
 from cdnctl.cli.plots import check_plot, curves, draw
 from cdnctl.cli.progress import progress
-from cdnctl.cli.report import Levels, Seed
+from cdnctl.cli.report import Levels
 from cdnctl.cli.tables import Column, print_table, scaled
 from cdnctl.errors import UsageError
 from cdnctl.units import PEAK
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from cdnctl.measure.benchmark import Quality
 
 SECONDS = {"seconds_per_megapixel": Column("s per megapixel", ".2f")}
-LEVELS = "sigma", "expected", "made"  # on the command line's scale
 MEMORY = {"peak_mb": Column("peak MB", ".0f")}
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ Methods = Annotated[
 
 def register(parent: typer.Typer, panel: str) -> None:
     """Add the commands to the app."""
+    claims.register(app)
     parent.add_typer(app, name="bench", rich_help_panel=panel)
 
 
@@ -92,7 +94,7 @@ def quality(
         _draw(plot, rows, overwrite)
     scores = {"psnr": Column("PSNR", ".2f"), "ssim": Column("SSIM", ".4f")}
     columns = {"method": Column("method"), "sigma": Column("sigma", "g")} | scores
-    _print(columns | SECONDS | MEMORY, [scaled(r) for r in rows], as_json)
+    show(columns | SECONDS | MEMORY, [scaled(r) for r in rows], as_json)
 
 
 @app.command()
@@ -144,7 +146,7 @@ def folders(threads: Threads = None, as_json: Json = False) -> None:
         "batch": Column("cdnctl, per s", ".2f"),
         "ratio": Column("ratio", ".2f"),
     }
-    _print(columns, [asdict(r) | {"ratio": r.ratio} for r in throughput(threads=threads)], as_json)
+    show(columns, [asdict(r) | {"ratio": r.ratio} for r in throughput(threads=threads)], as_json)
 
 
 @app.command()
@@ -172,101 +174,7 @@ def gradient(
             stderr().print(f"{row.model}, {row.task}, {row.precision}, {row.way}: {row.ratio:.2f}")
     columns = {name: Column(name) for name in ("model", "task", "precision", "way")}
     ratio = {"ratio": Column("ratio", ".2f"), "reference": Column("to")}
-    _print(columns | SECONDS | ratio, rows, as_json)
-
-
-@app.command()
-def repair(
-    folder: Annotated[Path, typer.Argument(help="Clean pictures.")],
-    only: Annotated[
-        str | None,
-        typer.Option("--repairs", help="Only these, comma-separated.", show_default="all"),
-    ] = None,
-    crops: Annotated[int, typer.Option("--crops", min=1, help="How many pictures.")] = 20,
-    size: Annotated[int, typer.Option("--size", min=64, help="Pixels of a crop's side.")] = 128,
-    samples: Annotated[int, typer.Option("--samples", min=2, help="Draws to take a mean of.")] = 10,
-    seed: Seed = 0,
-    model: Annotated[str, typer.Option("--model", help="Which model repairs.")] = "photo",
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """inpaint, upscale, deblur and denoise --jpeg beside other ways, on crops of a folder."""
-    start_torch("cpu", threads)
-    from cdnctl.api import load
-    from cdnctl.measure.repairs import REPAIRS, measured
-    from cdnctl.measure.repairs import crops as crops_of
-    from cdnctl.restore.plan import expand
-
-    names = list(REPAIRS) if only is None else only.split(",")
-    if unknown := [name for name in names if name not in REPAIRS]:
-        raise UsageError(
-            f"--repairs {only!r} names the unknown {', '.join(map(repr, unknown))}; known: "
-            f"{', '.join(REPAIRS)}"
-        )
-    if size % 2:
-        raise UsageError(f"--size is {size}, but upscaling by 2 is measured, too: give an even one")
-    pictures = crops_of(expand([folder], recursive=True), crops, size)
-    rows = []
-    with progress(len(pictures) * len(names), quiet=False, as_json=as_json) as advance:
-        loaded = load(model, device="cpu")
-        for row in measured(pictures, loaded, names, samples=samples, seed=seed, watch=advance):
-            rows.append(row)
-            line = f"{row.repair}: {row.gain:+.2f} dB over {row.other}"
-            print(line, file=sys.stderr, flush=True)
-    columns = {
-        "repair": Column("repair"),
-        "psnr": Column("PSNR", ".2f"),
-        "other": Column("beside"),
-        "other_psnr": Column("its PSNR", ".2f"),
-        "gain": Column("gain", "+.2f"),
-        "worst": Column("worst", "+.2f"),
-        "better": Column("better"),
-        "pictures": Column("of"),
-        "denoisings": Column("time in denoisings", ".1f"),
-        "outside": Column("outside its box", ".2f"),
-    }
-    _print(columns, [asdict(row) for row in rows], as_json)
-
-
-@app.command()
-def confidence(
-    folder: Annotated[Path, typer.Argument(help="Clean pictures.")],
-    sigma: Levels = "15,25,50",
-    crops: Annotated[int, typer.Option("--crops", min=2, help="How many pictures.")] = 200,
-    size: Annotated[int, typer.Option("--size", min=8, help="Pixels of a crop's side.")] = 64,
-    probes: Annotated[int, typer.Option("--probes", min=1, help="Random vectors each.")] = 4,
-    seed: Seed = 0,
-    model: Annotated[str, typer.Option("--model", help="Which model.")] = "photo",
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """Does a denoiser err by as much as --uncertainty says? On crops of a folder."""
-    levels = parse_levels(sigma)
-    if 0 in levels:
-        raise UsageError(f"sigma 0 in {sigma!r} leaves nothing uncertain: give levels above it")
-    start_torch("cpu", threads)
-    from cdnctl.api import load
-    from cdnctl.measure.confidence import confidence
-    from cdnctl.measure.repairs import crops as crops_of
-    from cdnctl.restore.plan import expand
-
-    pictures = crops_of(expand([folder], recursive=True), crops, size)
-    loaded = load(model, device="cpu")
-    with progress(len(pictures) * len(levels), quiet=False, as_json=as_json) as advance:
-        found = list(confidence(pictures, loaded, levels, probes=probes, seed=seed, watch=advance))
-    columns = {
-        "sigma": Column("sigma", "g"),
-        "pictures": Column("pictures"),
-        "expected": Column("error expected", ".2f"),
-        "made": Column("error made", ".2f"),
-        "ratio": Column("squared, made / expected", ".2f"),
-        "error": Column("give or take", ".2f"),
-    }
-    rows = [
-        asdict(row) | {name: round(PEAK * getattr(row, name), 4) for name in LEVELS}
-        for row in found
-    ]
-    _print(columns, rows, as_json)
+    show(columns | SECONDS | ratio, rows, as_json)
 
 
 def _chosen(methods: str | None) -> list[str]:
@@ -287,14 +195,6 @@ def _chosen(methods: str | None) -> list[str]:
     for name in own:
         read_header(find_weights(name))
     return [n for n in names if n in wanted] + own
-
-
-def _print(columns: dict[str, Column], rows: Sequence[dict[str, object]], as_json: bool) -> None:
-    """Rows as one JSON list, or as a table."""
-    if as_json:
-        print(json.dumps(rows))
-    else:
-        print_table(columns, rows)
 
 
 def _level(row: Quality) -> float:
