@@ -72,7 +72,7 @@ def test_the_command(cdnctl: Run, tmp_path: Path) -> None:
     (rows,) = done.records
     assert [row["approach"] for row in rows] == ["generative", "discriminative"]
     assert all(row["at 8"] > 0 and row["at 24"] > 0 for row in rows)
-    for bad, word in (("dark,blue", "'dark,blue'"), ("dark", "two classes")):
+    for bad, word in (("dark,blue", "'dark,blue'"), ("dark", "dark, light, other")):
         refused = cdnctl("bench", "learning", "set", "--classes", bad)
         assert refused.code == 2 and word in refused.err
     refused = cdnctl("bench", "learning", "set", "--classes", "dark,light", "--counts", "8,400")

@@ -145,9 +145,11 @@ def learning(
         sizes = [int(n) for n in counts.split(",")]
     except ValueError:
         raise UsageError(f"--counts is {counts!r}, but must be numbers: 100,400,1600") from None
-    found = [s for s in find_pictures(dataset) if s.label in names]
+    every = find_pictures(dataset)
+    found = [s for s in every if s.label in names]
     if len(set(names)) != 2 or len({s.label for s in found}) != 2:
-        raise UsageError(f"--classes is {classes!r}: name two classes of the dataset, such as a,b")
+        known = ", ".join(sorted({s.label for s in every if s.label is not None})) or "none"
+        raise UsageError(f"--classes is {classes!r}: name two classes of these: {known}")
     pictures = Pictures.load(found, names, torch.device("cpu"))
     small = []
     for start, size in zip(pictures.offsets.tolist(), pictures.sizes.tolist(), strict=True):
