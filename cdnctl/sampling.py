@@ -81,7 +81,12 @@ def sample(
 
 @torch.no_grad()
 def settle(
-    denoise: Denoiser, y: Tensor, sigmas: Sequence[float], watch: Watch | None = None
+    denoise: Denoiser,
+    y: Tensor,
+    sigmas: Sequence[float],
+    watch: Watch | None = None,
+    pull: float = 1.0,
+    drive: float = 0.0,
 ) -> Tensor:
     """Where D(y, sigma) = y, like y, by y <- D(y, sigma) from the first level to the last.
 
@@ -89,10 +94,20 @@ def settle(
     level sigma, and descending levels follow it to less smoothing. For a denoiser that knows a
     measurement and a Gaussian prior it is the posterior mean: each step leaves the fraction
     v / (v + sigma^2) of a deviation in a direction of posterior variance v.
+
+    To go faster, in [0, 1) and [1, 2): ``drive`` goes on by that share of the last change first
+    (Polyak 1964), and ``pull`` takes that multiple of the denoiser's change. No direction
+    oscillates for ever if (1 + drive) (pull - 1) < 1 - drive (pull - 1).
     """
     _check(sigmas)
+    if not (1 <= pull < 2 and 0 <= drive < 1):
+        raise UsageError(f"pull {pull:g} and drive {drive:g}: give them in [1, 2) and [0, 1)")
+    before = y
     for i, sigma in enumerate(sigmas, 1):
-        y = denoise(y, sigma)
+        ahead = y + drive * (y - before) if drive else y
+        before, y = y, denoise(ahead, sigma)
+        if pull > 1:
+            y = ahead + pull * (y - ahead)
         if watch:
             watch(i / len(sigmas))
     return y

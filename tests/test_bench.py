@@ -207,7 +207,10 @@ def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (("quality", "in", "--sigma", "0:50"), "'0:50'"),
         (("quality", "in", "--sigma", "0:50:25"), "sigma 0"),
         (("quality",), "missing argument"),
-        (("pictures",), "the commands of cdnctl bench are quality, cost, folders, gradient"),
+        (
+            ("pictures",),
+            "the commands of cdnctl bench are quality, cost, folders, gradient, repair, confidence, learning",
+        ),
     ],
 )
 def test_usage_errors(tmp_path: Path, cdnctl: Run, options: tuple[str, ...], named: str) -> None:

@@ -373,7 +373,10 @@ def test_wrong_values(tmp_path: Path, cdnctl: Run, weights: Path, args: tuple[st
         (("models", "nonsense"), ["'nonsense'", "cdnctl models --help"]),
         (("models", "show"), ["missing argument", "cdnctl models show --help"]),
         (("bench", "cost", "--methods", "a,wavelet,b"), ["unknown 'a', 'b'; known:"]),
-        (("bench", "pictures"), ["'pictures'", "quality, cost, folders, gradient"]),
+        (
+            ("bench", "pictures"),
+            ["'pictures'", "quality, cost, folders, gradient, repair, confidence, learning"],
+        ),
         (("bench", "--gradient"), ["--gradient", "'cdnctl bench gradient'"]),
         (("bench", "qualty"), ["'qualty'", "'quality'"]),
         (("evaluate", "a", "--attack", "linf:1"), ["--attack", "'cdnctl attack'"]),

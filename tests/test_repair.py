@@ -86,8 +86,9 @@ def test_memory_that_does_not_suffice_is_refused(random: Model) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_hole_in_independent_pixels_is_filled_with_their_mean(bell: Model, channels: int) -> None:
+    """In time: a step goes back a share of the way from the smooth start."""
     image, hole = floats(channels=channels), square()
-    result = repaired(Inpaint(RepairSettings(), hole), image, bell)
+    result = repaired(Inpaint(RepairSettings(steps=120), hole), image, bell)
     filled = result.image.samples
     np.testing.assert_allclose(filled[hole], 0.5, atol=2e-3)
     np.testing.assert_array_equal(filled[~hole], image.samples[~hole])
@@ -105,7 +106,7 @@ def test_known_pixels_with_noise_are_shrunk(bell: Model) -> None:
 @pytest.mark.parametrize("factor", [2, 3, 4])
 def test_scale_of_independent_pixels(bell: Model, factor: int) -> None:
     image = floats(12, 10)
-    result = repaired(Upscale(RepairSettings(), factor), image, bell).image.samples
+    result = repaired(Upscale(RepairSettings(steps=120), factor), image, bell).image.samples
     assert result.shape == (12 * factor, 10 * factor, 3)
     means = result.reshape(12, factor, 10, factor, 3).mean((1, 3))
     np.testing.assert_allclose(means, image.samples, atol=1e-5)
@@ -172,7 +173,7 @@ def test_what_was_transparent_can_be_seen(bell: Model, tmp_path: Path) -> None:
     alpha = np.where(square(), 0, 200).astype(np.uint8)
     path = write(tmp_path / "a.png", picture(24, 28), alpha=alpha)
     image = images.read(path)
-    result = repaired(Inpaint(RepairSettings(steps=8)), image, bell).image
+    result = repaired(Inpaint(RepairSettings(steps=80)), image, bell).image
     images.write(result, tmp_path / "b.png")
     again = images.read(tmp_path / "b.png")
     assert again.alpha is not None

@@ -190,6 +190,24 @@ def test_settling_contracts_as_said() -> None:
     assert abs(float(settle(scalar(0.2), y, sigmas)) / want - 1) < 1e-12
 
 
+@pytest.mark.parametrize(("pull", "drive"), [(1.3, 0.0), (1.0, 0.5), (1.3, 0.5)])
+def test_settling_faster_goes_where_it_went(pull: float, drive: float) -> None:
+    """Its recursion in each direction, which ends sooner where the posterior is wide, and ends
+    where it is narrow."""
+    sigmas = geometric(0.1, 0.05, 12)
+    y = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for v in (0.2, 1e-8):
+        before = want = 1.0
+        for s in sigmas:
+            left = 1 - pull * s**2 / (v + s**2)
+            before, want = want, left * (want + drive * (want - before))
+        got = float(settle(scalar(v), y, sigmas, pull=pull, drive=drive))
+        assert abs(got - want) < 1e-12
+        assert abs(got) < abs(float(settle(scalar(v), y, sigmas))) or abs(got) < 0.05
+    with pytest.raises(UsageError, match="pull"):
+        settle(scalar(0.2), y, sigmas, pull=2.0)
+
+
 # -- manners --------------------------------------------------------------------------
 
 

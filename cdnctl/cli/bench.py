@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cdnctl.cli import claims
+from cdnctl.cli.claims import show
 from cdnctl.cli.common import keep_existing, start_torch, stderr
 from cdnctl.cli.options import Json, Threads, parse_levels
 from cdnctl.cli.plots import check_plot, curves, draw
@@ -45,6 +47,7 @@ Methods = Annotated[
 
 def register(parent: typer.Typer, panel: str) -> None:
     """Add the commands to the app."""
+    claims.register(app)
     parent.add_typer(app, name="bench", rich_help_panel=panel)
 
 
@@ -91,7 +94,7 @@ def quality(
         _draw(plot, rows, overwrite)
     scores = {"psnr": Column("PSNR", ".2f"), "ssim": Column("SSIM", ".4f")}
     columns = {"method": Column("method"), "sigma": Column("sigma", "g")} | scores
-    _print(columns | SECONDS | MEMORY, [scaled(r) for r in rows], as_json)
+    show(columns | SECONDS | MEMORY, [scaled(r) for r in rows], as_json)
 
 
 @app.command()
@@ -143,7 +146,7 @@ def folders(threads: Threads = None, as_json: Json = False) -> None:
         "batch": Column("cdnctl, per s", ".2f"),
         "ratio": Column("ratio", ".2f"),
     }
-    _print(columns, [asdict(r) | {"ratio": r.ratio} for r in throughput(threads=threads)], as_json)
+    show(columns, [asdict(r) | {"ratio": r.ratio} for r in throughput(threads=threads)], as_json)
 
 
 @app.command()
@@ -171,7 +174,7 @@ def gradient(
             stderr().print(f"{row.model}, {row.task}, {row.precision}, {row.way}: {row.ratio:.2f}")
     columns = {name: Column(name) for name in ("model", "task", "precision", "way")}
     ratio = {"ratio": Column("ratio", ".2f"), "reference": Column("to")}
-    _print(columns | SECONDS | ratio, rows, as_json)
+    show(columns | SECONDS | ratio, rows, as_json)
 
 
 def _chosen(methods: str | None) -> list[str]:
@@ -192,14 +195,6 @@ def _chosen(methods: str | None) -> list[str]:
     for name in own:
         read_header(find_weights(name))
     return [n for n in names if n in wanted] + own
-
-
-def _print(columns: dict[str, Column], rows: Sequence[dict[str, object]], as_json: bool) -> None:
-    """Rows as one JSON list, or as a table."""
-    if as_json:
-        print(json.dumps(rows))
-    else:
-        print_table(columns, rows)
 
 
 def _level(row: Quality) -> float:

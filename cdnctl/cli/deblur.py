@@ -65,7 +65,7 @@ def deblur(
     ],
     output_name: Output = None,
     noise: NoiseOption = 2.0,
-    steps: Steps = 10,
+    steps: Steps = None,
     samples: Samples = None,
     sheet: Sheet = None,
     uncertainty: Spread = None,

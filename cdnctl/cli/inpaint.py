@@ -64,7 +64,7 @@ def inpaint(
     ],
     output_name: Output = None,
     noise: NoiseOption = 0.0,
-    steps: Steps = 20,
+    steps: Steps = None,
     samples: Samples = None,
     sheet: Sheet = None,
     uncertainty: Spread = None,

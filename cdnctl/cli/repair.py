@@ -25,10 +25,11 @@ NoiseOption = Annotated[
     float, typer.Option("--noise", help="Noise of the picture, on the 0..255 scale.")
 ]
 Steps = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--steps",
         min=1,
+        show_default="8, of draws 20",
         help="Noise levels that are gone through; each takes as long as some denoisings.",
     ),
 ]
@@ -60,7 +61,7 @@ OneClass = Annotated[
 
 def settings_of(
     noise: float,
-    steps: int,
+    steps: int | None,
     samples: int | None,
     seed: int,
     target: str,
@@ -124,7 +125,7 @@ class RepairPrinter(Printer["Repaired"]):
             spread = round(float((result.spread() ** 2).mean() ** 0.5) * PEAK, 4)
         return {
             "noise": round(result.noise * PEAK, 4),
-            "steps": self.settings.steps,
+            "steps": result.steps,
             "samples": self.settings.samples,
             "missed": round(result.missed * PEAK, 4),
             "spread": spread,

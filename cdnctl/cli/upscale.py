@@ -52,7 +52,7 @@ def upscale(
     factor: Annotated[int, typer.Option("--factor", help="2, 3 or 4.")] = 2,
     output_name: Output = None,
     noise: NoiseOption = 0.0,
-    steps: Steps = 20,
+    steps: Steps = None,
     samples: Samples = None,
     sheet: Sheet = None,
     uncertainty: Spread = None,

@@ -92,17 +92,19 @@ def reconstruct(
     sigmas: Sequence[float],
     start: Tensor | None = None,
     watch: Watch | None = None,
+    pull: float = 1.0,
+    drive: float = 0.0,
 ) -> Tensor:
     """The picture, (B, C, H, W), that the measurement and the denoiser agree on at the last
     level; nothing is random. Not clipped.
 
-    sigmas: descending, a denoising each. For a Gaussian prior it is the posterior mean. For any
-    other it is one of its likely pictures, which the descent finds; the mean of `draw` is nearer
-    to the truth in the mean square.
+    sigmas: descending, a denoising each. start: None for `Guided.start`. pull, drive: see
+    `settle`. For a Gaussian prior it is the posterior mean. For any other it is one of its likely
+    pictures, which the descent finds from the start.
     """
     with torch.no_grad():
         y = guided.start(sigmas[0]) if start is None else start
-        return guided.finished(settle(guided, y, sigmas, watch))
+        return guided.finished(settle(guided, y, sigmas, watch, pull, drive))
 
 
 def draw(

@@ -17,7 +17,8 @@ Who imports whom, each only what stands above it:
 - ``masks``, ``settings``, ``classes`` (what a picture shows), ``operation`` (what can be done to
   pictures);
 - ``denoise``, the first operation; ``preview`` (parts to judge settings by); ``prior`` (a model as
-  the denoiser of whole pictures), ``repair`` (holes, scale, blur), ``deblock`` (JPEG);
+  the denoiser of whole pictures), ``repair`` and ``repairs`` (holes, scale, blur), ``deblock``
+  (JPEG);
 - ``plan`` (which file goes where) and ``batch`` (many files), which know nothing of denoising.
 
 The names of the Python API are here; what is for many files is in ``plan`` and ``batch``.
@@ -39,8 +40,9 @@ from cdnctl.restore.levels import Level, estimate_sigma, noise_level
 from cdnctl.restore.masks import Mask
 from cdnctl.restore.noise import Noise
 from cdnctl.restore.operation import Operation, Result
-from cdnctl.restore.repair import Deblur, Inpaint, Repair, Repaired, Upscale
+from cdnctl.restore.repair import Repair, Repaired
 from cdnctl.restore.repair import Settings as RepairSettings
+from cdnctl.restore.repairs import Deblur, Inpaint, Upscale
 from cdnctl.restore.samples import Percentiles, black_and_white, on_own_scale, on_unit_scale
 from cdnctl.restore.settings import Settings
 from cdnctl.restore.stack import Stack, batch_size
