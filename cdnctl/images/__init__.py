@@ -15,7 +15,7 @@ would draw it into the visible edge as a dark fringe. So `read` gives such pixel
 the nearest visible pixel, and keeps the file's own colour in `Image.hidden`; `write` puts it
 back. Unchanged pixels thus come out as they went in, and changed ones have no fringe.
 
-**A new format** is a module beside `png`, `tiff`, `pillow` and `raw`: ``decode(data, max_pixels)``,
+**A new format** is a module beside `png`, `tiff`, `npy`, `pillow` and `raw`: ``decode(data, max_pixels)``,
 which asks `build.check_size` before memory is set aside and ends in `build.make_image`;
 ``encode(samples, metadata)``; and ``DTYPES``, the dtypes of samples that each suffix can hold.
 `codec` then needs a line each in ``_DTYPES`` (or in READ_SUFFIXES), ``_decode`` and ``encode``, and
@@ -37,6 +37,7 @@ from cdnctl.images.codec import (
     read,
     read_bytes,
     save,
+    saving,
     stored_size,
     write,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "read_bytes",
     "remove_temporary",
     "save",
+    "saving",
     "stored_size",
     "temporary_name",
     "to_unit",
