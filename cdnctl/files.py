@@ -9,8 +9,8 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO
 
 
 class NotRegularError(OSError):
@@ -54,7 +54,7 @@ def completed(
     *,
     temporary: str | None = None,
     make_folders: bool = True,
-) -> Iterator[BinaryIO]:
+) -> Iterator[BufferedRandom]:
     """A file to write and read, which gets its name when the context ends: `write_atomically` for
     what does not fit into memory, with the same arguments and errors."""
     target = Path(os.path.realpath(path))

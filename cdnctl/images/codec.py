@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -264,7 +265,7 @@ def save(data: bytes, path: Path, temporary: str | None = None, *, overwrite: bo
 @contextmanager
 def saving(
     path: Path, temporary: str | None = None, *, overwrite: bool = True
-) -> Iterator[BinaryIO]:
+) -> Iterator[BufferedRandom]:
     """`save` for what does not fit into memory: an open file, complete when the context ends."""
     try:
         with files.completed(path, overwrite, temporary=temporary, make_folders=False) as file:
