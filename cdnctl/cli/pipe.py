@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cdnctl.cli.common import keep_existing, need_reader
@@ -82,9 +82,9 @@ def pipe_pages(
     started = time.monotonic()
     with ExitStack() as stack:
         place, name = source, str(source)
+        folder = Path(stack.enter_context(TemporaryDirectory()))
         if source == STDIO:
-            folder = stack.enter_context(TemporaryDirectory())
-            place, name = Path(folder) / "stack", "standard input"
+            place, name = folder / "stack", "standard input"
             with place.open("wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
         advance = stack.enter_context(progress(1, printer.quiet, printer.as_json))
@@ -93,7 +93,7 @@ def pipe_pages(
                 restored = batch.write(file, output.suffix.lower(), place, name, advance.within)
         else:
             suffix = ".npy" if images.is_array(place) else ".tif"
-            with TemporaryFile() as file:
+            with (folder / "result").open("w+b") as file:
                 restored = batch.write(file, suffix, place, name, advance.within)
                 file.seek(0)
                 shutil.copyfileobj(file, sys.stdout.buffer)

@@ -19,7 +19,8 @@ back. Unchanged pixels thus come out as they went in, and changed ones have no f
 
 **A new format** is a module beside `png`, `tiff`, `npy`, `pillow` and `raw`:
 ``decode(data, max_pixels)``, which asks `build.check_size` before memory is set aside and ends in
-`build.make_image`; ``encode(samples, metadata)``; and ``DTYPES``, the dtypes of samples that each suffix can hold.
+`build.make_image`; ``encode(samples, metadata)``; and ``DTYPES``, the dtypes of samples that each
+suffix can hold.
 `codec` then needs a line each in ``_DTYPES`` (or in READ_SUFFIXES), ``_decode`` and ``encode``, and
 in `conversions` what the format cannot hold. tests/specimens.py takes a small file of its kind,
 which the tests then damage. What Pillow reads and needs no path of its own is a name in
@@ -47,7 +48,6 @@ from cdnctl.images.image import Image, Metadata, from_unit, to_unit
 from cdnctl.images.pages import SUFFIXES as PAGES_SUFFIXES
 from cdnctl.images.pages import (
     Pages,
-    count_pages,
     is_array,
     is_unknown,
     open_pages,
@@ -72,7 +72,6 @@ __all__ = [
     "Pages",
     "as_stored",
     "conversions",
-    "count_pages",
     "count_pixels",
     "decode",
     "encode",

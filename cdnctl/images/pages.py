@@ -128,15 +128,6 @@ def joined(image: Image, dtype: np.dtype[Any]) -> np.ndarray:
     return np.dstack([samples, cast(image.alpha)])
 
 
-def count_pages(path: Path) -> int:
-    """How many pages a file has that `open_pages` knows; 1 for every other file."""
-    try:
-        with open_pages(path) as pages:
-            return pages.count
-    except ImageError:
-        return 1
-
-
 def takes_pages(path: Path) -> bool:
     """Whether a file is of a kind that may hold pages, by its first bytes."""
     try:

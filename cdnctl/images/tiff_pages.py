@@ -181,17 +181,19 @@ def _layout(pages: TiffPages, page: tifffile.TiffPage, image: Image) -> dict[str
     stored = np.dtype(page.dtype or np.uint8).newbyteorder("=")
     samples = joined(image, dtype_of(stored, image))
     channels = samples.shape[2]
+    apart = page.planarconfig == 2 and channels > 1
+    data = np.moveaxis(samples, -1, 0) if apart else samples
     kept = page.compression in _KEPT
     # 2: differences of neighbours; 3: of the bytes of floats.
     predictor = page.predictor if kept else 1
     return {
-        "data": samples[:, :, 0] if channels == 1 else samples,
+        "data": samples[:, :, 0] if channels == 1 else data,
         "photometric": "miniswhite"
         if plain and page.photometric == 0
         else "rgb"
         if channels > 2
         else "minisblack",
-        "planarconfig": "contig" if channels > 1 else None,
+        "planarconfig": ("separate" if apart else "contig") if channels > 1 else None,
         "extrasamples": ["unassalpha"] if channels in (2, 4) else None,
         "compression": (None if page.compression == 1 else page.compression) if kept else 8,
         "predictor": predictor if predictor in (2, 3) and samples.dtype == stored else None,

@@ -330,9 +330,13 @@ def _run(
 
 def is_stack(path: Path) -> bool:
     """Whether a file is a stack, or an array, of which pages keep what pictures cannot."""
-    return images.takes_pages(path) and (
-        path.suffix.lower() == ".npy" or images.count_pages(path) > 1
-    )
+    if not images.takes_pages(path):
+        return False
+    try:
+        with images.open_pages(path) as pages:
+            return pages.count > 1 or images.is_array(path)
+    except ImageError:
+        return True  # why it cannot be opened is said when its turn comes
 
 
 def _without_pixels(image: Image) -> Image:
