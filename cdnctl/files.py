@@ -7,7 +7,9 @@ import os
 import re
 import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedRandom
 from pathlib import Path
 
 
@@ -41,6 +43,20 @@ def write_atomically(
         FileExistsError: when there is a file that must not be replaced.
         OSError: when it cannot be written there.
     """
+    with completed(path, overwrite, temporary=temporary, make_folders=make_folders) as file:
+        file.write(data)
+
+
+@contextmanager
+def completed(
+    path: Path,
+    overwrite: bool = True,
+    *,
+    temporary: str | None = None,
+    make_folders: bool = True,
+) -> Iterator[BufferedRandom]:
+    """A file to write and read, which gets its name when the context ends: `write_atomically` for
+    what does not fit into memory, with the same arguments and errors."""
     target = Path(os.path.realpath(path))
     part = target.with_name(temporary or temporary_name())
     if target.exists() and not target.is_file():
@@ -48,8 +64,8 @@ def write_atomically(
     if make_folders:
         target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(part, "xb") as file:
-            file.write(data)
+        with open(part, "x+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the name with half a file
         if overwrite and target.exists():

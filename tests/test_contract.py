@@ -534,6 +534,29 @@ def test_colour_is_refused_by_a_gray_model(model: Model, tmp_path: Path) -> None
     assert [row.error is None for row in rows] == [False, True]
 
 
+@pytest.mark.parametrize("arch", ["one channel"])
+def test_a_gray_model_sees_gray_as_it_is(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one channel, and told the level that the noise has, stored as gray or as colour."""
+    net, seen = model.module, []
+    correct = net.correction
+
+    def noted(y: Tensor, sigma: Any, *rest: Any, **more: Any) -> Any:
+        seen.append((y.shape[1], float(torch.as_tensor(sigma).max())))
+        return correct(y, sigma, *rest, **more)
+
+    monkeypatch.setattr(net, "correction", noted)
+    for shape in ((20, 24), (300, 240)):
+        gray = noisy_picture(*shape, 1)
+        restored = restore(exact(gray), model, Settings(0.1))
+        restore(exact(gray.repeat(3, -1)), model, Settings(0.1))
+        assert restored.told == restored.sigma == 0.1
+    assert len(seen) >= 4 and {channels for channels, _ in seen} == {1}
+    # Of small pictures the blanks that fill up a batch are told 1.
+    assert {round(level, 6) for _, level in seen} <= {0.1, 1.0}
+
+
 @pytest.mark.parametrize("arch", ["blur"])
 def test_a_model_of_other_values_is_no_model_of_pictures(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "field.safetensors"

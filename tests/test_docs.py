@@ -10,6 +10,7 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import tifffile
 from skimage import data
 from typer.main import get_command
 
@@ -53,6 +54,8 @@ def place(tmp_path_factory):
     save("photo.jpg", noisy(cat))
     save("in.png", noisy(cat))
     save("sky.png", np.repeat(np.arange(128) < 60, 192).reshape(128, 192).astype(np.uint8) * 255)
+    cells = 100 + 3995 * noisy(np.stack([cat[..., 0], cat[::-1, :, 0]])) / 255.0
+    tifffile.imwrite(here / "cells.tif", cells.astype(np.uint16), imagej=True)
     hole = np.zeros(cat.shape[:2], np.uint8)
     hole[40:60, 50:90] = 255
     save("hole.png", hole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,7 @@ from cdnctl.cli.options import (
     NoiseOption,
     Output,
     Overwrite,
+    PagesOption,
     Quiet,
     RangeOption,
     Recursive,
@@ -39,6 +41,7 @@ from cdnctl.cli.options import (
     WithClasses,
     class_names,
     parse_class,
+    parse_pages,
     parse_range,
     parse_sigmas,
     parse_size,
@@ -105,6 +108,7 @@ def denoise(
     memory: Memory = None,
     max_megapixels: MaxMegapixels = None,
     scale: RangeOption = None,
+    pages: PagesOption = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -141,6 +145,16 @@ def denoise(
         }
         for option in (o for o, is_given in unsuited.items() if is_given):
             raise UsageError(f"{option} does not go with --jpeg: leave one of them out")
+    selection = parse_pages(pages)
+    if selection is not None:
+        unsuited = {
+            "--jpeg": jpeg,
+            "--sheet": sheet is not None,
+            "--uncertainty": uncertainty is not None,
+            "--compare": compare is not None,
+        }
+        for option in (o for o, is_given in unsuited.items() if is_given):
+            raise UsageError(f"{option} does not go with --pages: leave one of them out")
     files = Files(
         inputs,
         output_name,
@@ -157,6 +171,7 @@ def denoise(
 
     from cdnctl import images
     from cdnctl.restore import Deblock, Denoise, Mask, Settings
+    from cdnctl.restore.pages import PagesBatch
     from cdnctl.restore.profiles import known_noise
     from cdnctl.selection import Models
 
@@ -208,4 +223,8 @@ def denoise(
         Beside("--uncertainty", uncertainty, NUMBERS | {".png"}, uncertain),
         Beside("--compare", compare, images.WRITE_SUFFIXES, compared_with),
     ]
-    restore_files(files, Denoise(settings), models, printer, beside)
+    if selection is None:
+        restore_files(files, Denoise(settings), models, printer, beside)
+    else:
+        batch_of = partial(PagesBatch, pages=selection)
+        restore_files(files, Denoise(settings), models, printer, beside, batch_of)

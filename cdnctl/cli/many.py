@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic
 import typer
 
 from cdnctl.cli.common import keep_existing, report_error
-from cdnctl.cli.pipe import pipe
+from cdnctl.cli.pipe import pipe, pipe_pages
 from cdnctl.cli.printer import STDIO, Printer, R
 from cdnctl.cli.progress import progress
 from cdnctl.errors import UsageError
@@ -75,8 +75,12 @@ def restore_files(
     models: Models,
     printer: Printer[R],
     beside: Sequence[Beside[R]] = (),
+    batch_of: Callable[..., Batch[R]] | None = None,
 ) -> None:
-    """Do what a command line asks for, and leave with its exit code if something failed."""
+    """Do what a command line asks for, and leave with its exit code if something failed.
+
+    batch_of: what makes the batch, if it is another than `Batch`.
+    """
     import torch
 
     from cdnctl.restore.batch import Batch
@@ -100,6 +104,10 @@ def restore_files(
             raise UsageError(f"{option} works with files, not with -")
         if files.into:
             raise UsageError(f"with - give a file, not the folder -o {files.output_name!r}")
+        if batch_of is not None:
+            batch = batch_of(models, operation, files.strip_metadata, max_pixels=files.max_pixels)
+            pipe_pages(inputs, output, batch, files.overwrite, printer)
+            return
         pipe(
             inputs,
             output,
@@ -127,7 +135,7 @@ def restore_files(
             rank=rank,
             world=world,
         )
-        batch = Batch(
+        batch = (batch_of or Batch)(
             models,
             operation,
             files.strip_metadata,

@@ -20,6 +20,7 @@ from cdnctl.headers import bundled, classes
 from cdnctl.units import PEAK
 
 if TYPE_CHECKING:
+    from cdnctl.restore.pages import Selection
     from cdnctl.restore.samples import Range
 
 Device = Annotated[
@@ -133,7 +134,16 @@ RangeOption = Annotated[
     typer.Option(
         "--range",
         help="Black and white: 0:255 for floats, 0:4095 for 12 bits in 16, or percentiles of the "
-        "picture, p0.1:p99.9. Results are in the same counts.",
+        "picture, or of a whole stack, p0.1:p99.9 (each:p0.1:p99.9: of each of its pages). "
+        "Results are in the same counts.",
+    ),
+]
+PagesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pages",
+        metavar="PAGES",
+        help="Of TIFF and .npy stacks: all, or some, counted from 1, such as 1:10 or 2,4.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]
@@ -259,18 +269,22 @@ def class_names(target: str | dict[str, float] | None) -> list[str]:
 
 
 def parse_range(text: str | None) -> Range | None:
-    """Black and white, such as 0:4095, or percentiles of a picture, such as p0.1:p99.9."""
+    """Black and white, such as 0:4095, or percentiles of a picture, such as p0.1:p99.9; of each
+    page of a stack, each:p0.1:p99.9, or ``each`` for these two."""
     if text is None:
         return None
-    parts = text.split(":")
+    each, _, told = text.partition(":") if text.startswith("each") else ("", "", text)
+    parts = (told or "p0.1:p99.9").split(":")
     as_percentiles = all(part.startswith("p") for part in parts)
     try:
         black, white = (float(part.removeprefix("p") if as_percentiles else part) for part in parts)
     except ValueError:
         black = white = math.nan
-    if not (math.isfinite(black) and math.isfinite(white) and black < white):
+    known = each in ("", "each") and (as_percentiles or not each)
+    if not (known and math.isfinite(black) and math.isfinite(white) and black < white):
         raise UsageError(
-            f"--range is {text!r}, but must be black and white, such as 0:255 or p0.1:p99.9"
+            f"--range is {text!r}, but must be black and white, such as 0:255 or p0.1:p99.9, or "
+            "each:p0.1:p99.9 for each page of a stack"
         )
     if not as_percentiles:
         return black, white
@@ -278,7 +292,27 @@ def parse_range(text: str | None) -> Range | None:
         raise UsageError(f"--range is {text!r}, but percentiles lie between p0 and p100")
     from cdnctl.restore import Percentiles
 
-    return Percentiles(black, white)
+    return Percentiles(black, white, bool(each))
+
+
+def parse_pages(text: str | None) -> Selection | None:
+    """Pages as users count them: all, or numbers and ranges from 1, such as 1:10,15."""
+    if text is None:
+        return None
+    from cdnctl.restore.pages import Selection
+
+    if text == "all":
+        return Selection(text)
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise UsageError(
+                f"--pages is {text!r}, but must be all, or some counted from 1, such as 1:10 or 2,4"
+            )
+        ranges.append((first, last))
+    return Selection(text, tuple(ranges))
 
 
 def parse_size(text: str) -> int:

@@ -123,7 +123,9 @@ class DenoisePrinter(Printer["Restored"]):
         """See `Printer`."""
         # On the 0..255 scale, root mean square.
         change = result.class_change
+        pages = getattr(result, "pages", None)  # of a stack
         return {
+            **({} if pages is None else {"pages": pages}),
             "sigma": round(result.sigma * PEAK, 3),
             "sigma_estimated": self.estimated,
             "noise": None if result.noise is None else result.noise.record(),
@@ -143,6 +145,9 @@ class DenoisePrinter(Printer["Restored"]):
             parts[0] = f"{result.noise.summary()}, taken out at sigma {sigma}{by}"
             if result.sigma == 0:
                 parts[0] = "no noise that could not be texture: left as it is"
+        pages = getattr(result, "pages", None)  # of a stack
+        if pages is not None:
+            parts.insert(0, f"{pages} page{'s' * (pages > 1)}")
         best = next(iter(result.posterior.items()), None)
         if best is not None and (best[1] >= 0.5 or self.target == "auto"):
             parts.append(f"most probable class {best[0]} ({best[1]:.0%})")

@@ -15,9 +15,12 @@ would draw it into the visible edge as a dark fringe. So `read` gives such pixel
 the nearest visible pixel, and keeps the file's own colour in `Image.hidden`; `write` puts it
 back. Unchanged pixels thus come out as they went in, and changed ones have no fringe.
 
-**A new format** is a module beside `png`, `tiff`, `pillow` and `raw`: ``decode(data, max_pixels)``,
-which asks `build.check_size` before memory is set aside and ends in `build.make_image`;
-``encode(samples, metadata)``; and ``DTYPES``, the dtypes of samples that each suffix can hold.
+**Files of many pictures** are another matter: see `pages`.
+
+**A new format** is a module beside `png`, `tiff`, `npy`, `pillow` and `raw`:
+``decode(data, max_pixels)``, which asks `build.check_size` before memory is set aside and ends in
+`build.make_image`; ``encode(samples, metadata)``; and ``DTYPES``, the dtypes of samples that each
+suffix can hold.
 `codec` then needs a line each in ``_DTYPES`` (or in READ_SUFFIXES), ``_decode`` and ``encode``, and
 in `conversions` what the format cannot hold. tests/specimens.py takes a small file of its kind,
 which the tests then damage. What Pillow reads and needs no path of its own is a name in
@@ -37,10 +40,21 @@ from cdnctl.images.codec import (
     read,
     read_bytes,
     save,
+    saving,
     stored_size,
     write,
 )
 from cdnctl.images.image import Image, Metadata, from_unit, to_unit
+from cdnctl.images.pages import SUFFIXES as PAGES_SUFFIXES
+from cdnctl.images.pages import (
+    Pages,
+    is_array,
+    is_unknown,
+    open_pages,
+    read_page,
+    takes_pages,
+    write_pages,
+)
 from cdnctl.images.pillow import QUALITY, jpeg_orientation
 from cdnctl.images.quiet import quiet
 from cdnctl.units import PEAK
@@ -48,28 +62,37 @@ from cdnctl.units import PEAK
 __all__ = [
     "MAX_PIXELS",
     "MEGAPIXEL",
+    "PAGES_SUFFIXES",
     "PEAK",
     "QUALITY",
     "READ_SUFFIXES",
     "WRITE_SUFFIXES",
     "Image",
     "Metadata",
+    "Pages",
     "as_stored",
     "conversions",
     "count_pixels",
     "decode",
     "encode",
     "from_unit",
+    "is_array",
     "is_image_path",
+    "is_unknown",
     "jpeg_orientation",
+    "open_pages",
     "quiet",
     "read",
     "read_bytes",
+    "read_page",
     "remove_temporary",
     "save",
+    "saving",
     "stored_size",
+    "takes_pages",
     "temporary_name",
     "to_unit",
     "upright",
     "write",
+    "write_pages",
 ]

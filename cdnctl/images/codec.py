@@ -7,7 +7,10 @@ import math
 import os
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,12 +19,12 @@ import PIL.Image
 
 from cdnctl import files
 from cdnctl.errors import ImageError, OutputExistsError, SetupError
-from cdnctl.images import pillow, png, raw, tiff
+from cdnctl.images import npy, pillow, png, raw, tiff
 from cdnctl.images.build import MAX_PIXELS, brief
 from cdnctl.images.image import Image, Metadata, from_unit, to_unit
 from cdnctl.images.quiet import quiet
 
-_DTYPES = png.DTYPES | tiff.DTYPES | pillow.DTYPES
+_DTYPES = png.DTYPES | tiff.DTYPES | npy.DTYPES | pillow.DTYPES
 
 WRITE_SUFFIXES = frozenset(_DTYPES)
 """Suffixes, in lower case and with the dot, that `encode` and `write` know."""
@@ -100,6 +103,8 @@ def _decode(data: bytes, suffix: str, max_pixels: int) -> Image:
         return raw.decode(data, max_pixels)
     if data[:4] in tiff.SIGNATURES:
         return tiff.decode(data, max_pixels)
+    if data.startswith(npy.SIGNATURE):
+        return npy.decode(data, max_pixels)
     return pillow.decode(data, suffix, max_pixels)
 
 
@@ -151,7 +156,7 @@ def conversions(image: Image, suffix: str) -> tuple[str, ...]:
             f"'{suffix}' is not a suffix that can be written; "
             f"choose one of {' '.join(sorted(WRITE_SUFFIXES))}"
         )
-    if image.alpha is not None and suffix in (".jpg", ".jpeg", ".bmp"):
+    if image.alpha is not None and suffix in (".jpg", ".jpeg", ".bmp", ".npy"):
         raise ImageError(f"{suffix} files cannot store transparency; choose .png")
     meta, notes = image.metadata, []
     dtype = _target_dtype(image, suffix)
@@ -161,8 +166,9 @@ def conversions(image: Image, suffix: str) -> tuple[str, ...]:
     if suffix in (".webp", ".heic", ".heif"):
         lost = ["dpi"] if meta.dpi and not meta.exif else []
         lost += ["icc"] if not pillow.takes_profile(suffix, meta) else []
-    elif suffix == ".bmp":
+    elif suffix in (".bmp", ".npy"):
         lost = [name for name in ("icc", "exif", "xmp") if getattr(meta, name)]
+        lost += ["dpi"] if suffix == ".npy" and meta.dpi else []
     elif suffix in (".jpg", ".jpeg"):
         blocks = ("exif", "xmp", "iptc", "comment")
         lost = [name for name in blocks if len(getattr(meta, name) or b"") > pillow.JPEG_SEGMENT]
@@ -196,6 +202,8 @@ def encode(image: Image, suffix: str) -> bytes:
                 return png.encode(samples, image.metadata)
             if suffix in (".tif", ".tiff"):
                 return tiff.encode(samples, image.metadata)
+            if suffix == ".npy":
+                return npy.encode(samples)
             return pillow.encode(samples, image, suffix)
     except ImageError:
         raise
@@ -250,8 +258,18 @@ def save(data: bytes, path: Path, temporary: str | None = None, *, overwrite: bo
         ImageError: when it cannot be written there.
         SetupError: when the disk is full.
     """
+    with saving(path, temporary, overwrite=overwrite) as file:
+        file.write(data)
+
+
+@contextmanager
+def saving(
+    path: Path, temporary: str | None = None, *, overwrite: bool = True
+) -> Iterator[BufferedRandom]:
+    """`save` for what does not fit into memory: an open file, complete when the context ends."""
     try:
-        files.write_atomically(path, data, overwrite, temporary=temporary, make_folders=False)
+        with files.completed(path, overwrite, temporary=temporary, make_folders=False) as file:
+            yield file
         return
     except files.NotRegularError as error:
         reason = f"{error.strerror}; choose another name"

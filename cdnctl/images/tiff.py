@@ -59,8 +59,8 @@ def decode(data: bytes, max_pixels: int) -> Image:
         packed = None if page.bitspersample == 1 else data
         check_size(page.imagewidth, page.imagelength, max_pixels, packed)
         check_size(page.tilewidth or 1, page.tilelength or 1, max_pixels, packed)
-        _check_segments(page, len(data))
-        samples = _samples(page, notes)
+        check_segments(page, len(data))
+        samples = samples_of(page, notes)
         if page.photometric == 5:
             notes.append("CMYK converted to RGB")
             cmyk = PIL.Image.fromarray(samples, "CMYK")
@@ -100,7 +100,7 @@ def _count_frames(file: tifffile.TiffFile) -> int:
     return frames
 
 
-def _check_segments(page: tifffile.TiffPage, size: int) -> None:
+def check_segments(page: tifffile.TiffPage, size: int) -> None:
     """Refuse a page with strips or tiles that are not in a file of ``size`` bytes.
 
     Both tifffile and Pillow fill them with zeros, without a word.
@@ -111,13 +111,18 @@ def _check_segments(page: tifffile.TiffPage, size: int) -> None:
         raise ImageError("the file is cut short; copy or export it again")
 
 
-def _samples(page: tifffile.TiffPage, notes: list[str]) -> np.ndarray:
+def check_coding(page: tifffile.TiffPage) -> None:
+    """Refuse compressions that are not known here."""
+    if page.compression not in _COMPRESSIONS:
+        raise ImageError(f"its compression {page.compression!r} is not known here; use deflate")
+
+
+def samples_of(page: tifffile.TiffPage, notes: list[str]) -> np.ndarray:
     """Decode a page to samples (H, W, C): gray or RGB, perhaps with alpha, or 8-bit CMYK."""
     kind, bits, channels = page.photometric, page.bitspersample, page.samplesperpixel
     if kind == 6 and page.compression == 7:  # the JPEG decoder has turned YCbCr to RGB
         kind = 2
-    if page.compression not in _COMPRESSIONS:
-        raise ImageError(f"its compression {page.compression!r} is not known here; use deflate")
+    check_coding(page)
     base = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}.get(kind)
     if base is None or (kind in (3, 5) and bits not in (8, 16)):
         raise ImageError("its colour space is not known here; convert it to RGB first")

@@ -19,7 +19,8 @@ Who imports whom, each only what stands above it:
 - ``denoise``, the first operation; ``preview`` (parts to judge settings by); ``prior`` (a model as
   the denoiser of whole pictures), ``repair`` and ``repairs`` (holes, scale, blur), ``deblock``
   (JPEG);
-- ``plan`` (which file goes where) and ``batch`` (many files), which know nothing of denoising.
+- ``plan`` (which file goes where) and ``batch`` (many files), which know nothing of denoising;
+  ``pages`` (stacks), which does.
 
 The names of the Python API are here; what is for many files is in ``plan`` and ``batch``.
 """

@@ -20,7 +20,7 @@ from typing import Any, Generic
 from cdnctl import images
 from cdnctl.api import Model
 from cdnctl.errors import ImageError, OutputExistsError
-from cdnctl.restore.manifest import Manifest, Origin, changed, digest
+from cdnctl.restore.manifest import Manifest, Origin, changed, digest, digest_of
 from cdnctl.restore.operation import Operation, R
 from cdnctl.restore.plan import Job, same_file
 from cdnctl.selection import AUTO, Models
@@ -203,13 +203,9 @@ class Batch(Generic[R]):
         """Read a file and prepare the picture; in a thread."""
         started = time.monotonic()
         try:
-            self._tidy(job)
-            exists = os.path.exists(job.output)
-            if self.resume and self.is_done(job):
-                return Done(job)
-            overwrite = self.overwrite or (self.resume and exists)
-            if exists and not overwrite:
-                return self._taken(job)
+            overwrite = self._begin(job)
+            if isinstance(overwrite, Done):
+                return overwrite
             time_of_input = changed(job.source)  # before it is read, see there
             data = images.read_bytes(job.source)
             image = images.decode(data, str(job.source), self.max_pixels)
@@ -225,6 +221,15 @@ class Batch(Generic[R]):
         except OSError as error:
             reason = error.strerror or error
             return self._failed(job, f"cannot read {str(job.source)!r}: {reason}")
+
+    def _begin(self, job: Job) -> Done[R] | bool:
+        """Whether what is there is ours to replace; or how the job ends, if there is no work."""
+        self._tidy(job)
+        exists = os.path.exists(job.output)
+        if self.resume and self.is_done(job):
+            return Done(job)
+        overwrite = self.overwrite or (self.resume and exists)
+        return self._taken(job) if exists and not overwrite else overwrite
 
     def _compute(self, group: _Group) -> Iterator[tuple[_Loaded, R | ImageError, float]]:
         """Work on pictures of one size: each with its result, or why there is none, and the
@@ -259,7 +264,7 @@ class Batch(Generic[R]):
             restored = replace(restored, image=replace(image, notes=notes))
             temporary = images.temporary_name()
             if self.manifest is not None:
-                record = self._record(item, restored, data, seconds)
+                record = self._record(job, item.origin, restored, digest(data), seconds)
                 self.manifest.add(record | {"temporary": temporary})
             images.save(data, job.output, temporary, overwrite=item.overwrite)
             return Done(job, restored, seconds=seconds)
@@ -290,13 +295,15 @@ class Batch(Generic[R]):
             self.manifest.add({"output": self.manifest.name_of(job.output)} | record)
         return Done(job, error=error)
 
-    def _record(self, item: _Loaded, restored: R, data: bytes, seconds: float) -> dict[str, Any]:
+    def _record(
+        self, job: Job, origin: Origin, restored: R, digest_of_output: str, seconds: float
+    ) -> dict[str, Any]:
         assert self.manifest is not None
         return {
-            "output": self.manifest.name_of(item.job.output),
-            "output_sha256": digest(data),
-            "input": str(item.job.source),
-            **item.origin.to_dict(),
+            "output": self.manifest.name_of(job.output),
+            "output_sha256": digest_of_output,
+            "input": str(job.source),
+            **origin.to_dict(),
             "operation": self.operation.name,
             "model": restored.model.name,
             "weights": restored.model.hash,
@@ -325,7 +332,7 @@ class Batch(Generic[R]):
         """
         if self.manifest is None or not os.path.exists(job.output):
             return False
-        found = digest(images.read_bytes(job.output))
+        found = digest_of(job.output)
         ours = [r for r in self.manifest.records(job.output) if r.get("output_sha256") == found]
         if not ours and not self.overwrite:
             raise ImageError(

@@ -275,7 +275,7 @@ def restore_batch(
 
 
 @dataclass(frozen=True)
-class _Ready:
+class Ready:
     """A picture on the scale of [0, 1] and its noise."""
 
     image: Image
@@ -303,12 +303,12 @@ class Denoise:
         parameters: dict[str, Any] = json.loads(json.dumps(values))
         return parameters
 
-    def prepare(self, image: Image, name: str, data: bytes) -> _Ready:
+    def prepare(self, image: Image, name: str, data: bytes) -> Ready:
         """The picture with its noise measured."""
         ends, dtype = black_and_white(image, self.settings.range, name), image.dtype
         image = on_unit_scale(image, ends, name)
         try:
-            return _Ready(image, measured(image, self.settings), ends, dtype)
+            return Ready(image, measured(image, self.settings), ends, dtype)
         except ImageError as error:
             raise ImageError(f"{name!r}: {error}") from None
 
@@ -321,7 +321,7 @@ class Denoise:
         return batch_size(height, width)
 
     def run(
-        self, ready: Sequence[_Ready], model: Model, watch: Callable[[float], None]
+        self, ready: Sequence[Ready], model: Model, watch: Callable[[float], None]
     ) -> list[Restored]:
         """Pictures of one shape, denoised, on the scale that they came with."""
         if len(ready) > 1:

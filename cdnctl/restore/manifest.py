@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from cdnctl.errors import SetupError, UsageError
+from cdnctl.errors import ImageError, SetupError, UsageError
 
 NAME = "cdnctl-manifest.jsonl"
 
@@ -27,6 +27,15 @@ NAME = "cdnctl-manifest.jsonl"
 def digest(data: bytes) -> str:
     """SHA-256 as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """That of a file, of which only parts are in memory. ImageError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ImageError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
 
 
 def changed(path: Path) -> int:
@@ -66,8 +75,8 @@ class Origin:
                 return False
             if stat.st_mtime_ns == self.input_mtime:
                 return True
-            return digest(path.read_bytes()) == self.input_sha256
-        except OSError:
+            return digest_of(path) == self.input_sha256
+        except (OSError, ImageError):
             return False
 
 

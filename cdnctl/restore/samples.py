@@ -20,6 +20,7 @@ class Percentiles:
 
     low: float
     high: float
+    each: bool = False  # of each page of a stack, not of the stack
 
 
 Range = tuple[float, float] | Percentiles
@@ -61,6 +62,13 @@ def on_unit_scale(image: Image, scale: Range | None, name: str) -> Image:
             f"{name!r}: its samples go from {low:.6g} to {high:.6g}, next to nothing of the range "
             f"from {black:g} to {white:g}: give another --range, or none"
         )
+    return scaled(image, ends)
+
+
+def scaled(image: Image, ends: tuple[float, float]) -> Image:
+    """The picture, as floats, from black at 0 to white at 1, whatever its samples are."""
+    black, white = ends
+    floats = image.dtype.kind == "f"
     # float32 has room for 16 bits, not for 32.
     wide = np.float64 if image.dtype.itemsize > 2 else np.float32
     dtype = image.dtype if floats else np.dtype(wide)
