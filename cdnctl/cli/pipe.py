@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
     from cdnctl.restore import Operation
+    from cdnctl.restore.writing import Writing
     from cdnctl.selection import Models
 
 
@@ -25,7 +25,7 @@ def pipe(
     models: Models,
     operation: Operation[R],
     max_pixels: int,
-    strip: bool,
+    writing: Writing,
     overwrite: bool,
     printer: Printer[R],
 ) -> None:
@@ -42,6 +42,7 @@ def pipe(
         need_reader()
     else:
         check_suffix(output)
+        writing.check({output.suffix.lower()})
         keep_existing(output, overwrite)
     source = inputs[0]
     if source == STDIO and sys.stdin is None:
@@ -55,19 +56,23 @@ def pipe(
         chosen = models.pick(*image.samples.shape[:2])
         restored = operation.run([ready], chosen, advance.within)[0]
     seconds = time.monotonic() - started
-    result = restored.image
-    result = replace(result, metadata=images.Metadata()) if strip else result
     if output != STDIO:
         suffix = output.suffix.lower()
-        images.write(result, output, overwrite=overwrite)
+    elif writing.suffix is not None:
+        suffix = writing.suffix
     else:
-        suffix = result.suffix
+        suffix = restored.image.suffix
         try:
-            images.conversions(result, suffix)
+            images.conversions(restored.image, suffix)
         except ImageError:  # BMP files are read with transparency, but not written
             suffix = ".png"
-        sys.stdout.buffer.write(images.encode(result, suffix))
+    try:
+        content, restored = writing.encoded(operation, restored, suffix)
+    except ImageError as error:
+        raise ImageError(f"cannot write {str(output)!r}: {error}") from None
+    if output != STDIO:
+        images.save(content, output, overwrite=overwrite)
+    else:
+        sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
-    result = replace(result, notes=result.notes + images.conversions(result, suffix))
-    restored = replace(restored, image=result)
     printer.result(source, output, restored, seconds)

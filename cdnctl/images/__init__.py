@@ -27,25 +27,30 @@ which the tests then damage. What Pillow reads and needs no path of its own is a
 from cdnctl.files import remove_temporary, temporary_name
 from cdnctl.images.build import MAX_PIXELS, MEGAPIXEL, as_stored, upright
 from cdnctl.images.codec import (
+    LOSSY_SUFFIXES,
     READ_SUFFIXES,
     WRITE_SUFFIXES,
     conversions,
     count_pixels,
     decode,
     encode,
+    holds,
     is_image_path,
     read,
     read_bytes,
     save,
+    stored_dtype,
     stored_size,
     write,
 )
 from cdnctl.images.image import Image, Metadata, from_unit, to_unit
+from cdnctl.images.notes import with_note
 from cdnctl.images.pillow import QUALITY, jpeg_orientation
 from cdnctl.images.quiet import quiet
 from cdnctl.units import PEAK
 
 __all__ = [
+    "LOSSY_SUFFIXES",
     "MAX_PIXELS",
     "MEGAPIXEL",
     "PEAK",
@@ -60,6 +65,7 @@ __all__ = [
     "decode",
     "encode",
     "from_unit",
+    "holds",
     "is_image_path",
     "jpeg_orientation",
     "quiet",
@@ -67,9 +73,11 @@ __all__ = [
     "read_bytes",
     "remove_temporary",
     "save",
+    "stored_dtype",
     "stored_size",
     "temporary_name",
     "to_unit",
     "upright",
+    "with_note",
     "write",
 ]

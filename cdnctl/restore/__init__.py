@@ -18,9 +18,11 @@ Who imports whom, each only what stands above it:
   pictures);
 - ``denoise``, the first operation; ``preview`` (parts to judge settings by); ``prior`` (a model as
   the denoiser of whole pictures), ``repair`` (holes, scale, blur), ``deblock`` (JPEG);
-- ``plan`` (which file goes where) and ``batch`` (many files), which know nothing of denoising.
+- ``plan`` (which file goes where), ``writing`` (how a result is stored) and ``batch`` (many files),
+  which know nothing of denoising.
 
-The names of the Python API are here; what is for many files is in ``plan`` and ``batch``.
+The names of the Python API are here; what is for many files is in ``plan``, ``writing`` and
+``batch``.
 """
 
 from cdnctl.restore.classes import (
