@@ -147,7 +147,7 @@ def restore_files(
                 raise UsageError(f"--files-from is for one process, and these are {world}")
             if output is not None:
                 batch = replace(batch, manifest=stack.enter_context(Manifest(output)))
-            restore_named(source, files, batch, printer)
+            restore_named(source, output, batch, printer)
         return
     is_folder = output is not None and (len(inputs) > 1 or inputs[0].is_dir())
     if files.resume and not is_folder:

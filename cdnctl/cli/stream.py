@@ -18,7 +18,6 @@ from cdnctl.cli.printer import Heard, Printer, R
 from cdnctl.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
-    from cdnctl.cli.many import Files
     from cdnctl.restore.batch import Batch, Done
     from cdnctl.restore.plan import Job
 
@@ -27,12 +26,17 @@ CHUNK = 65536  # bytes that are read at once, if so many are there
 AHEAD = 1024  # names that are read ahead
 
 
-def restore_named(source: BinaryIO, files: Files, batch: Batch[R], printer: Printer[R]) -> None:
-    """Work on the pictures that are named in a file, as `restore_files` does on others."""
+def restore_named(
+    source: BinaryIO, output: Path | None, batch: Batch[R], printer: Printer[R]
+) -> None:
+    """Work on the pictures that are named in a file, as `restore_files` does on others.
+
+    output: the folder that results go to; None: each beside its input.
+    """
     started = time.monotonic()
     late: list[Done[R]] = []
     heard = Heard(printer)
-    results = batch.run(_Jobs(files).of(names(source)), late)
+    results = batch.run(_Jobs(output, batch).of(names(source)), late)
     try:
         for done in results:
             heard(done)
@@ -114,8 +118,9 @@ def _name(part: bytes, end: bytes) -> str:
 class _Jobs:
     """What is to become of the pictures of names."""
 
-    def __init__(self, files: Files):
-        self.files = files
+    def __init__(self, output: Path | None, batch: Batch[R]):
+        self.output, self.writing = output, batch.writing
+        self.redone = batch.overwrite or batch.resume or batch.skip_existing
         self.sources: dict[str, Path] = {}  # by what tells one file from another
         self.outputs: dict[str, Path] = {}  # the source of each
 
@@ -140,16 +145,15 @@ class _Jobs:
         """Where to; UsageError if that is no place for it."""
         from cdnctl.restore.plan import default_output, key_of, placed, same_file
 
-        files = self.files
-        suffix = files.writing.suffix
-        if files.output is None:
+        suffix = self.writing.suffix
+        if self.output is None:
             output = default_output(source, suffix=suffix)
         else:
             # As they are named: their folders are made anew in that of the outputs.
             outside = source.is_absolute() or ".." in source.parts
-            output = placed(files.output / (source.name if outside else source), suffix)
+            output = placed(self.output / (source.name if outside else source), suffix)
         # Where nothing is lost, a quality means nothing, as in a folder.
-        replace(files.writing, quality=None).check({output.suffix.lower()})
+        replace(self.writing, quality=None).check({output.suffix.lower()})
         if same_file(source, output):
             raise UsageError(f"{str(source)!r} would overwrite itself: choose another output")
         key, own = key_of(output), key_of(source)
@@ -164,8 +168,7 @@ class _Jobs:
                 f"{str(before)!r} and {str(source)!r} would both be written to {str(output)!r}: "
                 "rename one, or run them separately"
             )
-        redone = files.overwrite or files.resume or files.skip_existing
-        if os.path.exists(output) and not redone:
+        if os.path.exists(output) and not self.redone:
             raise UsageError(
                 f"{str(output)!r} exists: give --overwrite to replace it, or --skip-existing"
             )
