@@ -21,7 +21,7 @@ LAYERS = [
     {"analysis"},
     {"fields"},
     {"restore"},
-    {"api", "selection"},
+    {"api", "onnx", "selection"},
     {
         "cards",
         "checkpoints",
