@@ -27,13 +27,16 @@ The names of the Python API are here; what is for many files is in ``plan``, ``w
 
 from cdnctl.restore.classes import (
     Classified,
+    Seen,
     at_class_scale,
     choose_class,
     class_change,
     class_mixture,
     classify,
+    classify_together,
     most_probable,
     ranked,
+    seen,
 )
 from cdnctl.restore.deblock import Deblock, Deblocked
 from cdnctl.restore.denoise import Denoise, Restored, moved, restore, restore_batch, whole_place
@@ -74,6 +77,7 @@ __all__ = [
     "Repaired",
     "Restored",
     "Result",
+    "Seen",
     "Settings",
     "Stack",
     "Upscale",
@@ -86,6 +90,7 @@ __all__ = [
     "class_change",
     "class_mixture",
     "classify",
+    "classify_together",
     "default_tile",
     "estimate_sigma",
     "in_tiles_that_fit",
@@ -99,5 +104,6 @@ __all__ = [
     "ranked",
     "restore",
     "restore_batch",
+    "seen",
     "whole_place",
 ]
