@@ -35,6 +35,7 @@ from cdnctl.restore import Denoise, Level, Restored, Settings, batch_size, noise
 from cdnctl.restore.batch import AHEAD, LARGE_PIXELS, Batch, Done, count_pixels, large_last
 from cdnctl.restore.manifest import Manifest
 from cdnctl.restore.plan import Job, default_output, expand, find_pictures, plan, share
+from cdnctl.restore.writing import Writing
 from cdnctl.selection import Models
 
 SIGMA = 0.2
@@ -357,9 +358,9 @@ def test_an_output_that_appears_meanwhile_is_left_alone(
     else:
         encode = images.encode
 
-        def slow(image: Image, suffix: str) -> bytes:
+        def slow(image: Image, suffix: str, quality: int | None) -> bytes:
             mine.write_text("mine")
-            return encode(image, suffix)
+            return encode(image, suffix, quality)
 
         monkeypatch.setattr(images, "encode", slow)
     run = batch(tmp_path, overwrite=False, skip_existing=skip).run(jobs)
@@ -398,7 +399,9 @@ def batch(place: Path, options: Settings = Settings(SIGMA), **more: Any) -> Batc
     """With a tiny model; outputs of an earlier run may be replaced."""
     weights = place / "m.safetensors"
     models = Models(str(weights if weights.exists() else save_tiny(weights)), CPU)
-    return Batch(models, Denoise(options), **({"overwrite": True} | more))
+    return Batch(
+        models, Denoise(options), **({"overwrite": True, "writing": Writing(note=False)} | more)
+    )
 
 
 def write_pictures(folder: Path, *names: str) -> None:
@@ -415,7 +418,8 @@ def test_a_bad_file_costs_that_file_alone(tmp_path: Path) -> None:
     (source / "f.png").write_bytes((source / "a.png").read_bytes()[:200])
     before = files(source)
     models = Models(str(save_tiny(tmp_path / "m.safetensors")), CPU)
-    done = list(Batch(models, Denoise(Settings(SIGMA))).run(plan([source], out, True)))
+    bare = Batch(models, Denoise(Settings(SIGMA)), Writing(note=False))
+    done = list(bare.run(plan([source], out, True)))
 
     bad = {d.job.source.name: d.error for d in done if d.error is not None}
     assert bad.keys() == {"b.png", "e.png", "f.png"}
@@ -803,6 +807,6 @@ def test_metadata_is_stripped_if_wanted(tmp_path: Path) -> None:
     models = Models(str(save_tiny(tmp_path / "m.safetensors")), CPU)
     for strip in (False, True):
         job = Job(tmp_path / "a.png", tmp_path / f"{strip}.png")
-        list(Batch(models, Denoise(Settings(SIGMA)), strip_metadata=strip).run([job]))
+        list(Batch(models, Denoise(Settings(SIGMA)), writing=Writing(strip=strip)).run([job]))
         assert (b"secret" in job.output.read_bytes()) == (not strip)
         assert (images.read(job.output).metadata == Metadata()) == strip

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from cdnctl.restore import Denoise, Settings
 from cdnctl.restore.batch import Batch, Done
 from cdnctl.restore.manifest import NAME, Manifest, Origin, changed, digest, parts
 from cdnctl.restore.plan import plan
+from cdnctl.restore.writing import Writing
 from cdnctl.selection import Models
 
 CPU = torch.device("cpu")
@@ -192,7 +194,7 @@ OPTIONS = Settings(sigma=0.2)
 
 
 def go_on(
-    place: Path, settings: Settings = OPTIONS, model: str = "m", **options: bool
+    place: Path, settings: Settings = OPTIONS, model: str = "m", **options: Any
 ) -> dict[str, Done]:
     """What ``denoise in -o out --resume`` does to each input."""
     batch = Batch(
@@ -200,7 +202,7 @@ def go_on(
         Denoise(settings),
         resume=True,
         manifest=Manifest(place / "out"),
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     assert batch.manifest is not None
     with batch.manifest:
@@ -380,7 +382,7 @@ def test_another_folder_of_the_same_names_replaces_nothing(place: Path) -> None:
 
 def test_stripped_metadata_is_another_output(place: Path) -> None:
     go_on(place)
-    assert len(redone(go_on(place, strip_metadata=True))) == 4
+    assert len(redone(go_on(place, writing=Writing(strip=True)))) == 4
 
 
 def test_a_deleted_output_is_redone(place: Path) -> None:

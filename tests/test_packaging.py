@@ -70,7 +70,11 @@ def test_all_that_is_imported_is_installed():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     installed = {plain(name) for name in project["dependencies"]}
-    extras = {"heic": {"pillow-heif"}, "raw": {"rawpy"}}
+    extras = {
+        "heic": {"pillow-heif"},
+        "raw": {"rawpy"},
+        "onnx": {"onnx", "onnxscript", "onnxruntime"},
+    }
     for extra, names in extras.items():
         assert {plain(name) for name in project["optional-dependencies"][extra]} == names
     optional = set.union(*extras.values(), {"bm3d"})

@@ -42,6 +42,7 @@ from cdnctl.cli.repair import (
     repair_files,
     settings_of,
 )
+from cdnctl.cli.storing import Storing, with_storing
 from cdnctl.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ def register(app: typer.Typer, panel: str) -> None:
     app.command(cls=WithClasses, rich_help_panel=panel)(deblur)
 
 
+@with_storing
 def deblur(
-    inputs: Inputs,
+    storing: Storing,
     kernel: Annotated[
         str,
         typer.Option(
@@ -63,6 +65,7 @@ def deblur(
             "picture of what became of a point.",
         ),
     ],
+    inputs: Inputs = None,
     output_name: Output = None,
     noise: NoiseOption = 2.0,
     steps: Steps = None,
@@ -101,11 +104,12 @@ def deblur(
         strip_metadata,
         dry_run,
         pixel_limit(max_megapixels),
+        storing,
     )
     torch_device = start_torch(device, threads)
     from cdnctl.restore import Deblur
 
-    settings = settings_of(noise, steps, samples, seed, target, tile, memory, scale)
+    settings = settings_of(noise, steps, samples, seed, target, tile, memory, scale, files)
     operation = Deblur(settings, *_kernel(kernel))
     repair_files(files, operation, model, torch_device, sheet, uncertainty, as_json, quiet)
 

@@ -49,6 +49,7 @@ from cdnctl.cli.options import (
     pixel_limit,
 )
 from cdnctl.cli.printer import DenoisePrinter, JpegPrinter
+from cdnctl.cli.storing import Storing, with_storing
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,8 +63,10 @@ def register(app: typer.Typer, panel: str) -> None:
     app.command(cls=WithClasses, rich_help_panel=panel)(denoise)
 
 
+@with_storing
 def denoise(
-    inputs: Inputs,
+    storing: Storing,
+    inputs: Inputs = None,
     output_name: Output = None,
     sigma: SigmaOption = "auto",
     noise: NoiseOption = None,
@@ -141,6 +144,7 @@ def denoise(
             "--guidance": guidance is not None,
             "--uncertainty": uncertainty is not None,
             "--range": scale is not None,
+            "--depth": storing.depth is not None,
             "--class auto": isinstance(wanted, str),
         }
         for option in (o for o, is_given in unsuited.items() if is_given):
@@ -152,6 +156,10 @@ def denoise(
             "--sheet": sheet is not None,
             "--uncertainty": uncertainty is not None,
             "--compare": compare is not None,
+            "--files-from": storing.names is not None,
+            "--format": storing.kind is not None,
+            "--depth": storing.depth is not None,
+            "--quality": storing.quality is not None,
         }
         for option in (o for o, is_given in unsuited.items() if is_given):
             raise UsageError(f"{option} does not go with --pages: leave one of them out")
@@ -165,6 +173,7 @@ def denoise(
         strip_metadata,
         dry_run,
         pixel_limit(max_megapixels),
+        storing,
     )
     budget = None if memory is None else parse_size(memory)
     torch_device = start_torch(device, threads)
@@ -184,6 +193,7 @@ def denoise(
         budget,
         parse_range(scale),
         known_noise(noise or "auto"),
+        finer=files.writing.finer,
     )
     models = Models(model, torch_device, class_names(wanted), ensemble)
     if jpeg:
@@ -202,14 +212,17 @@ def denoise(
     if sheet is not None:
         others = {
             "-o": output_name is not None,
+            "--files-from": storing.names is not None,
             "--uncertainty": uncertainty is not None,
             "--compare": compare is not None,
             "--dry-run": dry_run,
             "--resume": resume,
             "--skip-existing": skip_existing,
         }
-        check_sheet(inputs, sheet, [option for option, given in others.items() if given], overwrite)
-        source, most = inputs[0], files.max_pixels
+        check_sheet(
+            files.inputs, sheet, [option for option, given in others.items() if given], overwrite
+        )
+        source, most = files.inputs[0], files.max_pixels
         write_sheet(source, sheet, levels, settings, models, most, overwrite, printer)
         return
 

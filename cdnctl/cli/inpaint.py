@@ -41,6 +41,7 @@ from cdnctl.cli.repair import (
     repair_files,
     settings_of,
 )
+from cdnctl.cli.storing import Storing, with_storing
 from cdnctl.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ def register(app: typer.Typer, panel: str) -> None:
     app.command(cls=WithClasses, rich_help_panel=panel)(inpaint)
 
 
+@with_storing
 def inpaint(
-    inputs: Inputs,
+    storing: Storing,
     mask: Annotated[
         str,
         typer.Option(
@@ -62,6 +64,7 @@ def inpaint(
             "is wholly transparent is.",
         ),
     ],
+    inputs: Inputs = None,
     output_name: Output = None,
     noise: NoiseOption = 0.0,
     steps: Steps = None,
@@ -100,11 +103,12 @@ def inpaint(
         strip_metadata,
         dry_run,
         pixel_limit(max_megapixels),
+        storing,
     )
     torch_device = start_torch(device, threads)
     from cdnctl.restore import Inpaint
 
-    settings = settings_of(noise, steps, samples, seed, target, tile, memory, scale)
+    settings = settings_of(noise, steps, samples, seed, target, tile, memory, scale, files)
     operation = Inpaint(settings, None if mask == "alpha" else _hole(Path(mask)))
     repair_files(files, operation, model, torch_device, sheet, uncertainty, as_json, quiet)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
@@ -16,14 +16,17 @@ import typer
 
 from cdnctl.cli.common import keep_existing, report_error
 from cdnctl.cli.pipe import pipe, pipe_pages
-from cdnctl.cli.printer import STDIO, Printer, R
+from cdnctl.cli.printer import STDIO, Heard, Printer, R
 from cdnctl.cli.progress import progress
+from cdnctl.cli.storing import Storing
+from cdnctl.cli.stream import opened, restore_named
 from cdnctl.errors import UsageError
 
 if TYPE_CHECKING:
     from cdnctl.restore import Operation
     from cdnctl.restore.batch import Batch, Done
     from cdnctl.restore.plan import Job
+    from cdnctl.restore.writing import Writing
     from cdnctl.selection import Models
 
 PIXELS_PER_FILE = 4096  # that take as long as opening, closing and naming files: for progress
@@ -33,7 +36,7 @@ PIXELS_PER_FILE = 4096  # that take as long as opening, closing and naming files
 class Files:
     """What a command line says of its inputs and outputs."""
 
-    inputs: list[Path]
+    given: list[Path] | None
     output_name: str | None
     recursive: bool
     overwrite: bool
@@ -42,11 +45,22 @@ class Files:
     strip_metadata: bool
     dry_run: bool
     max_pixels: int
+    storing: Storing = field(default_factory=Storing)
 
     def __post_init__(self) -> None:
         if self.skip_existing and (self.overwrite or self.resume):
             other = "--overwrite" if self.overwrite else "--resume"
             raise UsageError(f"{other} and --skip-existing exclude each other")
+
+    @property
+    def inputs(self) -> list[Path]:
+        """As they are named; none with --files-from."""
+        return self.given or []
+
+    @cached_property
+    def writing(self) -> Writing:
+        """How outputs are written."""
+        return self.storing.writing(self.strip_metadata)
 
     @property
     def output(self) -> Path | None:
@@ -105,7 +119,7 @@ def restore_files(
         if files.into:
             raise UsageError(f"with - give a file, not the folder -o {files.output_name!r}")
         if batch_of is not None:
-            batch = batch_of(models, operation, files.strip_metadata, max_pixels=files.max_pixels)
+            batch = batch_of(models, operation, files.writing, max_pixels=files.max_pixels)
             pipe_pages(inputs, output, batch, files.overwrite, printer)
             return
         pipe(
@@ -114,10 +128,34 @@ def restore_files(
             models,
             operation,
             files.max_pixels,
-            files.strip_metadata,
+            files.writing,
             files.overwrite,
             printer,
         )
+        return
+    batch = (batch_of or Batch)(
+        models,
+        operation,
+        files.writing,
+        overwrite=files.overwrite,
+        resume=files.resume,
+        skip_existing=files.skip_existing,
+        max_pixels=files.max_pixels,
+    )
+    if files.storing.names is not None:
+        for option in [one.option for one, _ in wanted] + ["--dry-run"] * files.dry_run:
+            raise UsageError(f"{option} is for pictures that are known before: not --files-from")
+        if files.resume and output is None:
+            raise UsageError("--resume goes on with a folder of pictures: give -o FOLDER")
+        if files.writing.suffix is not None:
+            files.writing.check({files.writing.suffix})
+        source = opened(files.storing.names)
+        with process_group(torch.device("cpu")) as (_, world), ExitStack() as stack:
+            if world > 1:
+                raise UsageError(f"--files-from is for one process, and these are {world}")
+            if output is not None:
+                batch = replace(batch, manifest=stack.enter_context(Manifest(output)))
+            restore_named(source, output, batch, printer)
         return
     is_folder = output is not None and (len(inputs) > 1 or inputs[0].is_dir())
     if files.resume and not is_folder:
@@ -125,7 +163,8 @@ def restore_files(
 
     with process_group(torch.device("cpu")) as (rank, world), ExitStack() as stack:
         wait_for_all = patient_barrier()
-        jobs = plan(inputs, output, files.recursive, files.into)
+        jobs = plan(inputs, output, files.recursive, files.into, suffix=files.writing.suffix)
+        files.writing.check({job.output.suffix.lower() for job in jobs})
         _check_beside(wanted, jobs, files.overwrite)
         jobs, passed = share(
             jobs,
@@ -134,15 +173,6 @@ def restore_files(
             replace=files.overwrite or files.resume,
             rank=rank,
             world=world,
-        )
-        batch = (batch_of or Batch)(
-            models,
-            operation,
-            files.strip_metadata,
-            overwrite=files.overwrite,
-            resume=files.resume,
-            skip_existing=files.skip_existing,
-            max_pixels=files.max_pixels,
         )
         if output is not None and is_folder:
             batch = replace(batch, manifest=Manifest(output, rank, world))
@@ -190,32 +220,13 @@ def _report(
 ) -> tuple[list[Done[R]], R | None]:
     """Do the work and print each result as it comes; the failures again at the end, and
     returned, with the result that came last. passed: jobs that are not to be done."""
-    from cdnctl.restore.batch import count_pixels, large_last
+    from cdnctl.restore.batch import Done, count_pixels, large_last
 
     total, started = len(jobs) + len(passed), time.monotonic()
-    heard: dict[Job, str] = {}
-    failed: list[Done[R]] = []
+    heard = Heard(printer)
     late: list[Done[R]] = []
-    last: R | None = None
-
-    def hear(done: Done[R]) -> None:
-        nonlocal last
-        # Noted last: what is interrupted before comes again, as late.
-        if done.error is not None:
-            failed.append(done)
-            printer.failure(done)
-            heard[done.job] = "failed"
-        elif done.restored is None:
-            printer.skipped(done.job)
-            heard[done.job] = "skipped"
-        else:
-            printer.result(done.job.source, done.job.output, done.restored, done.seconds)
-            heard[done.job] = "restored"
-            last = done.restored
-
     for job in passed:
-        printer.skipped(job)
-        heard[job] = "skipped"
+        heard(Done(job))
     pixels = count_pixels(jobs)
     work = {job: count + PIXELS_PER_FILE for job, count in pixels.items()}
     with progress(len(jobs), printer.quiet, printer.as_json, sum(work.values())) as advance:
@@ -223,8 +234,8 @@ def _report(
         results = batch.run(large_last(pixels), late)
         try:
             for done in results:
-                hear(done)
-                if heard[done.job] == "skipped":
+                heard(done)
+                if heard.kinds[done.job] == "skipped":
                     advance.skip(work[done.job])
                 else:
                     advance(work[done.job], done.job)
@@ -233,23 +244,17 @@ def _report(
             stop = error
             results.close()  # so that late is complete
             for done in late:
-                if done.job not in heard:
-                    hear(done)
-    counts = Counter(heard.values())
+                heard.once(done)
     if stop is not None:
-        hint = ""
-        if total > 1:
-            way = "--skip-existing" if batch.manifest is None else "--resume"
-            hint = f": continue with {way}"
-        report_error(f"interrupted after {len(heard)} of {total} pictures{hint}")
-        raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 1))
+        way = "--skip-existing" if batch.manifest is None else "--resume"
+        heard.interrupted(stop, total, f": continue with {way}" if total > 1 else "")
     if total > 1 or batch.manifest is not None:
-        printer.summary(counts, time.monotonic() - started)
-    if failed and total > 1:
-        report_error(f"{len(failed)} of {total} pictures failed:")
-        for done in failed:
+        printer.summary(heard.counts, time.monotonic() - started)
+    if heard.failed and total > 1:
+        report_error(f"{len(heard.failed)} of {total} pictures failed:")
+        for done in heard.failed:
             print(f"  {done.error}", file=sys.stderr)
-    return failed, last
+    return heard.failed, heard.last
 
 
 def _check_beside(

@@ -74,18 +74,36 @@ def export(
     source: Annotated[
         str, typer.Argument(help="A run folder such as runs/1 (its best weights), or a file.")
     ],
-    target: Annotated[Path, typer.Argument(help="File to write; its card goes beside it.")],
+    target: Annotated[
+        Path | None, typer.Argument(help="File to write; its card goes beside it.")
+    ] = None,
     scores: Annotated[
         list[str] | None,
         typer.Option("--scores", help="NAME=FILE with what 'evaluate --json' printed; repeatable."),
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store float16.")] = False,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(
+            "--onnx",
+            metavar="FILE.onnx",
+            help="Write the denoiser as an ONNX graph of any size and noise level.",
+        ),
+    ] = None,
 ) -> None:
-    """Copy trained weights with scores in their header, and write their card."""
+    """Copy trained weights with scores in their header, and write their card; or write the
+    denoiser for programs without torch."""
     from cdnctl.cards import check_scores
     from cdnctl.cards import export as export_weights
     from cdnctl.checkpoints import SUFFIX, find_weights
 
+    if onnx is not None:
+        if target is not None or scores or half:
+            raise UsageError(f"--onnx {str(onnx)!r} is all that is written: leave out what else")
+        _export_graph(source, onnx)
+        return
+    if target is None:
+        raise UsageError("missing argument: name a file to write (see cdnctl models export --help)")
     if target.suffix != SUFFIX:
         raise UsageError(f"{str(target)!r} must end in {SUFFIX}")
     reports = {}
@@ -144,4 +162,13 @@ def resample(
     if not quiet:
         shares = " / ".join(f"{share:.1%}" for share in explained)
         print(f"energy of activations that alignment explains, layer by layer: {shares}")
+
+
+def _export_graph(source: str, target: Path) -> None:
+    from cdnctl.api import load
+    from cdnctl.onnx import SUFFIX, export
+
+    if target.suffix != SUFFIX:
+        raise UsageError(f"--onnx {str(target)!r} must end in {SUFFIX}")
+    export(load(source), target)
     print(target)

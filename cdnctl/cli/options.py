@@ -76,7 +76,9 @@ ModelOption = Annotated[
         "--model", help="auto, a bundled model, a run folder (runs/1), or a .safetensors file."
     ),
 ]
-Inputs = Annotated[list[Path], typer.Argument(help="Pictures and folders; - for standard input.")]
+Inputs = Annotated[
+    list[Path] | None, typer.Argument(help="Pictures and folders; - for standard input.")
+]
 Output = Annotated[
     str | None,
     typer.Option(

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from cdnctl.errors import UsageError
 if TYPE_CHECKING:
     from cdnctl.restore import Operation
     from cdnctl.restore.batch import Batch
+    from cdnctl.restore.writing import Writing
     from cdnctl.selection import Models
 
 
@@ -29,7 +29,7 @@ def pipe(
     models: Models,
     operation: Operation[R],
     max_pixels: int,
-    strip: bool,
+    writing: Writing,
     overwrite: bool,
     printer: Printer[R],
 ) -> None:
@@ -38,6 +38,8 @@ def pipe(
     from cdnctl.errors import ImageError
 
     source, output = _ends(inputs, output, operation.name, overwrite)
+    if output != STDIO:
+        writing.check({output.suffix.lower()})
     piped = source == STDIO
     data = sys.stdin.buffer.read() if piped else images.read_bytes(source)
     image = images.decode(data, "standard input" if piped else str(source), max_pixels)
@@ -48,21 +50,25 @@ def pipe(
         chosen = models.pick(height, width, operation.by_camera(ready))
         restored = operation.run([ready], chosen, advance.within)[0]
     seconds = time.monotonic() - started
-    result = restored.image
-    result = replace(result, metadata=images.Metadata()) if strip else result
     if output != STDIO:
         suffix = output.suffix.lower()
-        images.write(result, output, overwrite=overwrite)
+    elif writing.suffix is not None:
+        suffix = writing.suffix
     else:
-        suffix = result.suffix
+        suffix = restored.image.suffix
         try:
-            images.conversions(result, suffix)
+            images.conversions(restored.image, suffix)
         except ImageError:  # BMP files are read with transparency, but not written
             suffix = ".png"
-        sys.stdout.buffer.write(images.encode(result, suffix))
+    try:
+        content, restored = writing.encoded(operation, restored, suffix)
+    except ImageError as error:
+        raise ImageError(f"cannot write {str(output)!r}: {error}") from None
+    if output != STDIO:
+        images.save(content, output, overwrite=overwrite)
+    else:
+        sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
-    result = replace(result, notes=result.notes + images.conversions(result, suffix))
-    restored = replace(restored, image=result)
     printer.result(source, output, restored, seconds)
 
 

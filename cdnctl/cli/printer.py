@@ -7,7 +7,9 @@ import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+
+import typer
 
 from cdnctl.cli.common import report_error, shown, warn
 from cdnctl.units import PEAK
@@ -97,6 +99,43 @@ class Printer(ABC, Generic[R]):
     def _event(self, event: str, job: Job, **more: Any) -> None:
         record = {"event": event, "input": str(job.source), "output": str(job.output), **more}
         print(json.dumps(record), flush=True)
+
+
+class Heard(Generic[R]):
+    """What became of jobs, told by a printer as it is heard of."""
+
+    def __init__(self, printer: Printer[R]):
+        self.printer = printer
+        self.kinds: dict[Job, str] = {}  # of what became of each
+        self.counts: Counter[str] = Counter()
+        self.failed: list[Done[R]] = []
+        self.last: R | None = None  # result
+
+    def __call__(self, done: Done[R]) -> None:
+        """A job has ended."""
+        # Noted last: what is interrupted before comes again, as late.
+        if done.error is not None:
+            self.failed.append(done)
+            self.printer.failure(done)
+            kind = "failed"
+        elif done.restored is None:
+            self.printer.skipped(done.job)
+            kind = "skipped"
+        else:
+            self.printer.result(done.job.source, done.job.output, done.restored, done.seconds)
+            self.last, kind = done.restored, "restored"
+        self.kinds[done.job] = kind
+        self.counts[kind] += 1
+
+    def once(self, done: Done[R]) -> None:
+        """A job has ended, which may have been heard of."""
+        if done.job not in self.kinds:
+            self(done)
+
+    def interrupted(self, stop: BaseException, total: int, hint: str) -> NoReturn:
+        """Say how far it came, and leave."""
+        report_error(f"interrupted after {len(self.kinds)} of {total} pictures{hint}")
+        raise typer.Exit(int(stop.code or 1) if isinstance(stop, SystemExit) else 130)
 
 
 class DenoisePrinter(Printer["Restored"]):

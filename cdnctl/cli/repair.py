@@ -68,6 +68,7 @@ def settings_of(
     tile: int | None,
     memory: str | None,
     scale: str | None,
+    files: Files,
 ) -> RepairSettings:
     """What a command line says of how to repair."""
     if not 0 <= noise <= PEAK:
@@ -81,7 +82,8 @@ def settings_of(
 
     if isinstance(levels, Percentiles):
         raise UsageError(f"--range {scale}: percentiles are for denoise; give LOW:HIGH")
-    return RepairSettings(noise / PEAK, steps, samples or 0, seed, wanted, tile, budget, levels)
+    drawn, finer = samples or 0, files.writing.finer
+    return RepairSettings(noise / PEAK, steps, drawn, seed, wanted, tile, budget, levels, finer)
 
 
 def repair_files(

@@ -40,6 +40,7 @@ from cdnctl.cli.repair import (
     repair_files,
     settings_of,
 )
+from cdnctl.cli.storing import Storing, with_storing
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -47,8 +48,10 @@ def register(app: typer.Typer, panel: str) -> None:
     app.command(cls=WithClasses, rich_help_panel=panel)(upscale)
 
 
+@with_storing
 def upscale(
-    inputs: Inputs,
+    storing: Storing,
+    inputs: Inputs = None,
     factor: Annotated[int, typer.Option("--factor", help="2, 3 or 4.")] = 2,
     output_name: Output = None,
     noise: NoiseOption = 0.0,
@@ -88,10 +91,11 @@ def upscale(
         strip_metadata,
         dry_run,
         pixel_limit(max_megapixels),
+        storing,
     )
     torch_device = start_torch(device, threads)
     from cdnctl.restore import Upscale
 
-    settings = settings_of(noise, steps, samples, seed, target, tile, memory, scale)
+    settings = settings_of(noise, steps, samples, seed, target, tile, memory, scale, files)
     operation = Upscale(settings, factor)
     repair_files(files, operation, model, torch_device, sheet, uncertainty, as_json, quiet)

@@ -30,21 +30,25 @@ which the tests then damage. What Pillow reads and needs no path of its own is a
 from cdnctl.files import remove_temporary, temporary_name
 from cdnctl.images.build import MAX_PIXELS, MEGAPIXEL, as_stored, upright
 from cdnctl.images.codec import (
+    LOSSY_SUFFIXES,
     READ_SUFFIXES,
     WRITE_SUFFIXES,
     conversions,
     count_pixels,
     decode,
     encode,
+    holds,
     is_image_path,
     read,
     read_bytes,
     save,
     saving,
+    stored_dtype,
     stored_size,
     write,
 )
 from cdnctl.images.image import Image, Metadata, from_unit, to_unit
+from cdnctl.images.notes import with_note
 from cdnctl.images.pages import SUFFIXES as PAGES_SUFFIXES
 from cdnctl.images.pages import (
     Pages,
@@ -60,6 +64,7 @@ from cdnctl.images.quiet import quiet
 from cdnctl.units import PEAK
 
 __all__ = [
+    "LOSSY_SUFFIXES",
     "MAX_PIXELS",
     "MEGAPIXEL",
     "PAGES_SUFFIXES",
@@ -76,6 +81,7 @@ __all__ = [
     "decode",
     "encode",
     "from_unit",
+    "holds",
     "is_array",
     "is_image_path",
     "is_unknown",
@@ -88,11 +94,13 @@ __all__ = [
     "remove_temporary",
     "save",
     "saving",
+    "stored_dtype",
     "stored_size",
     "takes_pages",
     "temporary_name",
     "to_unit",
     "upright",
+    "with_note",
     "write",
     "write_pages",
 ]

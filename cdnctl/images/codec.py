@@ -33,6 +33,10 @@ READ_SUFFIXES = WRITE_SUFFIXES | raw.SUFFIXES | pillow.READ_ONLY
 """Suffixes of files that are taken for pictures when a folder is searched."""
 
 
+LOSSY_SUFFIXES = frozenset(pillow.LOSSY)
+"""Of these, the ones of formats that have a quality."""
+
+
 def is_image_path(path: Path) -> bool:
     """Tell by the suffix alone whether a file may be a picture that `read` knows."""
     return path.suffix.lower() in READ_SUFFIXES
@@ -159,7 +163,7 @@ def conversions(image: Image, suffix: str) -> tuple[str, ...]:
     if image.alpha is not None and suffix in (".jpg", ".jpeg", ".bmp", ".npy"):
         raise ImageError(f"{suffix} files cannot store transparency; choose .png")
     meta, notes = image.metadata, []
-    dtype = _target_dtype(image, suffix)
+    dtype = stored_dtype(image, suffix)
     if dtype != image.dtype:
         notes.append(f"{image.dtype.name} samples stored as {dtype.name}")
     lost: list[str] = []
@@ -183,11 +187,12 @@ def conversions(image: Image, suffix: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def encode(image: Image, suffix: str) -> bytes:
+def encode(image: Image, suffix: str, quality: int | None = None) -> bytes:
     """Return the bytes of a file of the format that the suffix (``.png``) stands for.
 
     Pixels go into the picture's own dtype, or the nearest one the format has; floating point
-    pixels are not clipped.
+    pixels are not clipped. quality: of lossy formats, 1 to 100; None: `QUALITY`, and no loss in
+    WebP for pictures that came without.
 
     Raises:
         ImageError: when the format cannot hold the picture; see also `conversions`.
@@ -195,7 +200,7 @@ def encode(image: Image, suffix: str) -> bytes:
     conversions(image, suffix)
     if image.dtype.kind == "f" and not np.isfinite(image.samples).all():
         raise ImageError("the pixels to write are not all finite numbers")
-    samples = _samples(image, _target_dtype(image, suffix))
+    samples = _samples(image, stored_dtype(image, suffix))
     try:
         with quiet:
             if suffix == ".png":
@@ -204,7 +209,7 @@ def encode(image: Image, suffix: str) -> bytes:
                 return tiff.encode(samples, image.metadata)
             if suffix == ".npy":
                 return npy.encode(samples)
-            return pillow.encode(samples, image, suffix)
+            return pillow.encode(samples, image, suffix, quality)
     except ImageError:
         raise
     except Exception as error:  # sizes that a format cannot hold, and the like
@@ -288,7 +293,12 @@ def saving(
     raise ImageError(f"cannot write {str(path)!r}: {reason}")
 
 
-def _target_dtype(image: Image, suffix: str) -> np.dtype[Any]:
+def holds(suffix: str, dtype: np.dtype[Any]) -> bool:
+    """Whether files with one of `WRITE_SUFFIXES` can have samples of a dtype."""
+    return dtype.name in _DTYPES[suffix]
+
+
+def stored_dtype(image: Image, suffix: str) -> np.dtype[Any]:
     """Return the picture's dtype if the format has it, else the deepest one of the format."""
     names = _DTYPES[suffix]
     return image.dtype if image.dtype.name in names else np.dtype(names[-1])

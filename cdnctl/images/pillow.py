@@ -29,6 +29,7 @@ QUALITY = 95
 DTYPES = dict.fromkeys((".jpg", ".jpeg", ".webp", ".bmp", ".heic", ".heif"), ("uint8",))
 _PLAIN = ("BMP", "GIF", "PPM", "QOI", "JPEG2000", "SGI", "SUN")  # read by imageio
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "AVIF", "QOI", "JPEG2000", "SGI", "SUN")
+LOSSY = (".jpg", ".jpeg", ".webp", ".heic", ".heif")  # that have a quality
 READ_ONLY = frozenset({".gif", ".pgm", ".pbm", ".ppm", ".avif", ".qoi", ".tga"})
 READ_ONLY |= {".jp2", ".j2k", ".sgi", ".ras"}
 _SUFFIXES = {
@@ -226,9 +227,13 @@ def _photoshop_segment(iptc: bytes) -> bytes:
     return b"\xff\xed" + struct.pack(">H", 2 + len(content)) + content
 
 
-def encode(samples: np.ndarray, image: Image, suffix: str) -> bytes:
-    """Encode uint8 samples as JPEG, WebP, BMP or HEIC."""
+def encode(samples: np.ndarray, image: Image, suffix: str, quality: int | None = None) -> bytes:
+    """Encode uint8 samples as JPEG, WebP, BMP or HEIC.
+
+    quality: up to 100; None: QUALITY, and WebP without loss if the picture came so.
+    """
     meta = image.metadata
+    lossless, quality = image.lossless and quality is None, quality or QUALITY
     options: dict[str, Any] = {}
     if meta.icc and takes_profile(suffix, meta):
         options["icc_profile"] = meta.icc
@@ -241,14 +246,14 @@ def encode(samples: np.ndarray, image: Image, suffix: str) -> bytes:
         options["dpi"] = tuple(min(max(dpi, 1), 65535) for dpi in meta.dpi)
     if suffix in (".heic", ".heif"):
         _heif_plugin()
-        options |= {"quality": QUALITY, "chroma": 444}
+        options |= {"quality": quality, "chroma": 444}
     elif suffix == ".webp":
         # exact: keep the colour under alpha 0
-        options |= {"quality": QUALITY, "lossless": image.lossless, "exact": True}
+        options |= {"quality": quality, "lossless": lossless, "exact": True}
     elif suffix == ".bmp":
         options = {"dpi": options["dpi"]} if meta.dpi else {}
     else:
-        options |= {"quality": QUALITY, "subsampling": "4:4:4"}
+        options |= {"quality": quality, "subsampling": "4:4:4"}
         if meta.iptc and len(meta.iptc) <= JPEG_SEGMENT:
             options["extra"] = _photoshop_segment(meta.iptc)
         if meta.comment and len(meta.comment) <= JPEG_SEGMENT:

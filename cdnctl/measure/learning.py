@@ -73,7 +73,7 @@ def regressed(x: Array, labels: Array) -> Array:
         hessian = (design * curvature[:, None]).T @ design + RIDGE * np.eye(len(weights))
         change = np.linalg.solve(hessian, gradient)
         # A full step may overshoot where classes are nearly separated.
-        weights = weights - change * min(1.0, 5 / max(np.linalg.norm(change), 1e-12))
+        weights = weights - change * min(1.0, 5 / max(float(np.linalg.norm(change)), 1e-12))
     return weights
 
 

@@ -19,21 +19,25 @@ Who imports whom, each only what stands above it:
 - ``denoise``, the first operation; ``preview`` (parts to judge settings by); ``prior`` (a model as
   the denoiser of whole pictures), ``repair`` and ``repairs`` (holes, scale, blur), ``deblock``
   (JPEG);
-- ``plan`` (which file goes where) and ``batch`` (many files), which know nothing of denoising;
-  ``pages`` (stacks), which does.
+- ``plan`` (which file goes where), ``writing`` (how a result is stored) and ``batch`` (many files),
+  which know nothing of denoising; ``pages`` (stacks), which does.
 
-The names of the Python API are here; what is for many files is in ``plan`` and ``batch``.
+The names of the Python API are here; what is for many files is in ``plan``, ``writing`` and
+``batch``.
 """
 
 from cdnctl.restore.classes import (
     Classified,
+    Seen,
     at_class_scale,
     choose_class,
     class_change,
     class_mixture,
     classify,
+    classify_together,
     most_probable,
     ranked,
+    seen,
 )
 from cdnctl.restore.deblock import Deblock, Deblocked
 from cdnctl.restore.denoise import Denoise, Restored, moved, restore, restore_batch, whole_place
@@ -75,6 +79,7 @@ __all__ = [
     "Repaired",
     "Restored",
     "Result",
+    "Seen",
     "Settings",
     "Stack",
     "Upscale",
@@ -87,6 +92,7 @@ __all__ = [
     "class_change",
     "class_mixture",
     "classify",
+    "classify_together",
     "default_tile",
     "estimate_sigma",
     "in_tiles_that_fit",
@@ -100,5 +106,6 @@ __all__ = [
     "ranked",
     "restore",
     "restore_batch",
+    "seen",
     "whole_place",
 ]

@@ -23,6 +23,7 @@ from cdnctl.errors import ImageError, OutputExistsError
 from cdnctl.restore.manifest import Manifest, Origin, changed, digest, digest_of
 from cdnctl.restore.operation import Operation, R
 from cdnctl.restore.plan import Job, same_file
+from cdnctl.restore.writing import Writing
 from cdnctl.selection import AUTO, Models
 
 HELD_PIXELS = 32_000_000  # decoded pictures that wait for the network or the disk
@@ -98,7 +99,7 @@ class Batch(Generic[R]):
 
     models: Models
     operation: Operation[R]
-    strip_metadata: bool = False
+    writing: Writing = field(default_factory=Writing)
     manifest: Manifest | None = None
     resume: bool = False  # pass over what the manifest says is done
     overwrite: bool = False  # also what was changed since the manifest was written
@@ -107,11 +108,16 @@ class Batch(Generic[R]):
     # Called with the share of a large picture that is done.
     watch: Callable[[Job, float], None] = lambda job, share: None
 
-    def run(self, jobs: Sequence[Job], late: list[Done[R]] | None = None) -> Generator[Done[R]]:
+    def run(
+        self, jobs: Iterable[Job | Done[R] | None], late: list[Done[R]] | None = None
+    ) -> Generator[Done[R]]:
         """Work on all files; results come as they are finished, not always in order.
 
         A bad file is reported in its ``Done`` and the rest goes on. SetupError when the disk
         is full: everything after would fail as well.
+
+        jobs: what comes as a ``Done`` is yielded as it is. None says that the next one may take
+        long to come: all before are then finished, and yielded, before it is asked for.
 
         late: if the run ends early, by an exception or closed from outside, it receives the results
         that were written, or were being written, and not yet yielded. It may repeat the last one.
@@ -128,12 +134,15 @@ class Batch(Generic[R]):
             yield writes[0][1].result()
             item, _ = writes.popleft()
             held.pixels -= item.pixels
-            del written[item.job]
+            written.pop(item.job, None)  # gone, if the job came twice
 
         pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 1)))
         try:
             for group in self._grouped(self._read(jobs, pool, held)):
-                if isinstance(group, Done):
+                if group is None:
+                    while writes:
+                        yield from settled()
+                elif isinstance(group, Done):
                     yield group
                 else:
                     # Report small pictures before a large one keeps this thread busy for long.
@@ -155,22 +164,28 @@ class Batch(Generic[R]):
                 late += written.values()
 
     def _read(
-        self, jobs: Sequence[Job], pool: ThreadPoolExecutor, held: _Held
-    ) -> Iterator[_Loaded | Done[R]]:
-        """Pictures in order, read ahead as far as memory allows."""
+        self, jobs: Iterable[Job | Done[R] | None], pool: ThreadPoolExecutor, held: _Held
+    ) -> Iterator[_Loaded | Done[R] | None]:
+        """Pictures in order, read ahead as far as memory allows; None as among the jobs."""
         todo = iter(jobs)
-        reads: deque[Future[_Loaded | Done[R]]] = deque()
+        reads: deque[Future[_Loaded | Done[R]] | Done[R] | None] = deque()
 
         def read_ahead() -> None:
             room = 1 if held.last > LARGE_PIXELS else AHEAD
             if held.pixels > HELD_PIXELS:
                 room = 0
             room = max(room - len(reads), 0 if reads else 1)
-            reads.extend(pool.submit(self._load, job) for job in islice(todo, room))
+            if None in reads:  # nothing is asked for before it has been passed on
+                return
+            for job in islice(todo, room):
+                reads.append(pool.submit(self._load, job) if isinstance(job, Job) else job)
+                if job is None:
+                    break
 
         read_ahead()
         while reads:
-            item = reads.popleft().result()
+            read = reads.popleft()
+            item = read.result() if isinstance(read, Future) else read
             if isinstance(item, _Loaded):
                 held.add(item)
                 if held.pixels <= HELD_PIXELS:
@@ -178,16 +193,23 @@ class Batch(Generic[R]):
             yield item
             read_ahead()
 
-    def _grouped(self, items: Iterable[_Loaded | Done[R]]) -> Iterator[_Group | Done[R]]:
-        """Pictures that go through the network together: small ones of one size."""
+    def _grouped(
+        self, items: Iterable[_Loaded | Done[R] | None]
+    ) -> Iterator[_Group | Done[R] | None]:
+        """Pictures that go through the network together: small ones of one size; those before
+        None, which follows them, with no others."""
         waiting: dict[tuple[object, ...], _Group] = {}
         for item in items:
             if isinstance(item, Done):
                 yield item
                 continue
-            if item.pixels > LARGE_PIXELS:  # it takes long, and nobody is to wait for it
+            # A large one takes long, and nobody is to wait for it.
+            if item is None or item.pixels > LARGE_PIXELS:
                 yield from waiting.values()
                 waiting.clear()
+            if item is None:
+                yield None
+                continue
             height, width, _ = item.shape
             model = self.models.pick(height, width, self.operation.by_camera(item.ready))
             key = (*item.shape, model.name)
@@ -255,13 +277,9 @@ class Batch(Generic[R]):
         job, started = item.job, time.monotonic()
         try:
             job.output.parent.mkdir(parents=True, exist_ok=True)
-            image, suffix = restored.image, job.output.suffix.lower()
-            if self.strip_metadata:
-                image = replace(image, metadata=images.Metadata())
-            data = images.encode(image, suffix)
+            suffix = job.output.suffix.lower()
+            data, restored = self.writing.encoded(self.operation, restored, suffix)
             seconds += item.seconds + time.monotonic() - started
-            notes = image.notes + images.conversions(image, suffix)
-            restored = replace(restored, image=replace(image, notes=notes))
             temporary = images.temporary_name()
             if self.manifest is not None:
                 record = self._record(job, item.origin, restored, digest(data), seconds)
@@ -322,7 +340,7 @@ class Batch(Generic[R]):
             **self.operation.parameters,
             **({} if ensemble == 1 else {"ensemble": ensemble}),
             "model": name,
-            "strip_metadata": self.strip_metadata,
+            **self.writing.parameters,
         }
 
     def is_done(self, job: Job) -> bool:

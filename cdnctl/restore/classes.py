@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from cdnctl.api import Model
 from cdnctl.core.joint import HasPosterior
+from cdnctl.grouping import batches
 from cdnctl.images import Image
 from cdnctl.restore import tiles
 from cdnctl.restore.levels import noise_level
 from cdnctl.restore.scale import Shrink
 from cdnctl.restore.settings import AUTO, Settings
-from cdnctl.restore.stack import Stack
+from cdnctl.restore.stack import Stack, batch_size
 from cdnctl.restore.view import View, memory_errors
 
 
@@ -119,14 +120,48 @@ def rms(values: Tensor) -> float:
     return values.double().square().mean().sqrt().item()
 
 
-@torch.no_grad()
-def classify(image: Image, model: Model, sigma: float | None = None) -> Classified:
-    """Posterior over classes of one picture, at the scale of the training."""
+@dataclass(frozen=True)
+class Seen:
+    """A picture as its classes are told from it: small, whatever it was."""
+
+    view: View  # at the scale of the training
+    sigma: float  # noise level of the picture itself, in [0, 1] pixel units
+    factor: float  # how many of its pixels became one along an axis, at least 1
+
+
+def seen(image: Image, model: Model, sigma: float | None = None) -> Seen:
+    """What ``classify_together`` needs of a picture. sigma: in [0, 1]; None: measured.
+
+    UsageError if the model does not classify, ImageError if it cannot see such pictures.
+    """
     model.classifier()
     sigma = noise_level(image, sigma=sigma).sigma
     view = View(model, image.samples, sigma)
     small = at_class_scale(view)
-    with memory_errors(small):
-        posterior = ranked(model, small.logits())
-    factor = min(view.height, view.width) / min(small.height, small.width)
-    return Classified(posterior, sigma, factor, (small.height, small.width))
+    return Seen(small, sigma, min(view.height, view.width) / min(small.height, small.width))
+
+
+@torch.no_grad()
+def classify_together(pictures: Sequence[Seen]) -> list[Classified]:
+    """Posteriors over classes, those of one size in the network together; to the bit what each
+    has on its own, see `batch_size`."""
+    found: dict[int, Classified] = {}
+
+    def kind(i: int) -> tuple[int, ...]:
+        view = pictures[i].view
+        return view.height, view.width, id(view.model)
+
+    for group in batches(range(len(pictures)), kind, batch_size):
+        views = [pictures[i].view for i in group]
+        with memory_errors(views[0]):
+            logits = Stack(views).logits
+        for i, view, row in zip(group, views, logits, strict=True):
+            one = pictures[i]
+            posterior = ranked(view.model, row)
+            found[i] = Classified(posterior, one.sigma, one.factor, (view.height, view.width))
+    return [found[i] for i in range(len(pictures))]
+
+
+def classify(image: Image, model: Model, sigma: float | None = None) -> Classified:
+    """Posterior over classes of one picture, at the scale of the training."""
+    return classify_together([seen(image, model, sigma)])[0]

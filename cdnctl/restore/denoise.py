@@ -33,6 +33,7 @@ from cdnctl.restore.noise import Noise
 from cdnctl.restore.operation import Result
 from cdnctl.restore.samples import (
     black_and_white,
+    finer,
     is_bilevel,
     on_own_scale,
     on_unit_scale,
@@ -88,7 +89,8 @@ def restore(
     watch: Callable[[float], None] = lambda share: None,
     level: Level | None = None,
 ) -> Restored:
-    """Denoise one picture. Size, depth, alpha and metadata are those of ``image``.
+    """Denoise one picture. Size, depth, alpha and metadata are those of ``image`` (with
+    ``settings.finer`` 8 bits become 16).
 
     level: of its noise, if it was measured before. watch: told the share of the work that is
     done, now and then. ImageError if memory does not suffice; without a ``settings.tile``
@@ -115,7 +117,9 @@ def restore(
             view = View(model, image.samples, level, CLASS_TILE, logits=logits)
         with memory_errors(view):
             change = class_change(view, logits, chosen)
-    result = _noted(image.with_samples(samples), level, held, settings.sigma is not None)
+    result = _noted(
+        _like(image, settings).with_samples(samples), level, held, settings.sigma is not None
+    )
     return Restored(result, model, view.sigma, view.told, found, held, change, level.noise)
 
 
@@ -141,7 +145,7 @@ def blend(image: Image, view: View, settings: Settings) -> np.ndarray:
     """Samples of the restored picture."""
     choose = partial(class_mixture, view.model, settings) if settings.target else None
     places, _ = view.stream(choose)
-    result = np.empty_like(image.samples)
+    result = np.empty(image.samples.shape, _dtype(image.samples, settings))
     for place, correction in places:
         result[place] = _step(image.samples, place, correction, view.sigma, settings)
     return result
@@ -188,16 +192,28 @@ def _step(
     sigma: float,
     settings: Settings,
 ) -> np.ndarray:
-    """What `moved` gives, in the dtype of the samples."""
+    """What `moved` gives, in the dtype of the results."""
+    dtype = _dtype(samples, settings)
+    unmoved = samples[place] if dtype == samples.dtype else samples[place].astype(dtype) * 257
     if not any(settings.strengths):
-        return samples[place]
+        return unmoved
     weights = None if settings.mask is None else settings.mask.weights[place]
     values = moved(samples, place, correction, sigma, settings.strengths, weights)
-    result = images.from_unit(values, samples.dtype)
+    result = images.from_unit(values, dtype)
     if weights is None:
         return result
     # Numbers of 32 bits and more would not come back as they were.
-    return np.where(weights[..., None] == 0, samples[place], result)
+    return np.where(weights[..., None] == 0, unmoved, result)
+
+
+def _dtype(samples: np.ndarray, settings: Settings) -> np.dtype[Any]:
+    """Of the results for pictures with such samples."""
+    return np.dtype(np.uint16) if settings.finer and samples.dtype == np.uint8 else samples.dtype
+
+
+def _like(image: Image, settings: Settings) -> Image:
+    """The picture in the dtype of the results."""
+    return finer(image) if settings.finer else image
 
 
 def whole_place(samples: np.ndarray) -> tiles.Box:
@@ -264,7 +280,7 @@ def restore_batch(
             results.append(_left_alone(picture, model))
             continue
         samples = _step(picture.samples, everything, steps[i], view.sigma, settings)
-        image = picture.with_samples(samples)
+        image = _like(picture, settings).with_samples(samples)
         image = _noted(image, view.level, view.held, settings.sigma is not None)
         scores = choices[i][1]
         found = ranked(model, stack.logits[i] if scores is None else scores)
@@ -296,7 +312,7 @@ class Denoise:
         """See `Operation`; the noise level is on the scale of 0..255, as people tell it."""
         mask = self.settings.mask
         values = asdict(replace(self.settings, mask=None))
-        del values["memory"]
+        del values["memory"], values["finer"]  # the latter: see `Writing.parameters`
         values["mask"] = None if mask is None else mask.digest
         if self.settings.sigma is not None:
             values["sigma"] = round(images.PEAK * self.settings.sigma, 6)
@@ -312,7 +328,7 @@ class Denoise:
         except ImageError as error:
             raise ImageError(f"{name!r}: {error}") from None
 
-    def by_camera(self, ready: _Ready) -> bool:
+    def by_camera(self, ready: Ready) -> bool:
         """Where such noise was measured."""
         return by_camera(ready.level, self.settings)
 
@@ -330,7 +346,7 @@ class Denoise:
         else:
             found = [restore(ready[0].image, model, self.settings, watch, ready[0].level)]
         return [
-            replace(result, image=on_own_scale(result.image, one.ends, one.dtype))
+            replace(result, image=on_own_scale(result.image, one.ends, one.dtype), ends=one.ends)
             for one, result in zip(ready, found, strict=True)
         ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from cdnctl.api import Model
@@ -16,6 +16,9 @@ class Result:
 
     image: Image  # with notes on what should not go unsaid
     model: Model
+    # Black and white of the picture where its samples are counts; None: 0, and all that whole
+    # numbers hold, or 1.
+    ends: tuple[float, float] | None = field(default=None, kw_only=True)
 
 
 R = TypeVar("R", bound=Result)

@@ -17,7 +17,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -177,12 +177,15 @@ class PagesBatch(Batch[Restored]):
         return {**super().parameters, "pages": self.pages.text}
 
     def run(
-        self, jobs: Sequence[Job], late: list[Done[Restored]] | None = None
+        self,
+        jobs: Iterable[Job | Done[Restored] | None],
+        late: list[Done[Restored]] | None = None,
     ) -> Generator[Done[Restored]]:
-        """See `Batch`."""
-        stacks = [job for job in jobs if is_stack(job.source)]
+        """See `Batch`; all jobs are known before."""
+        every = [job for job in jobs if isinstance(job, Job)]
+        stacks = [job for job in every if is_stack(job.source)]
         single: list[Job] = []
-        for job in (job for job in jobs if job not in set(stacks)):
+        for job in (job for job in every if job not in set(stacks)):
             try:
                 self.pages.of(1, str(job.source))
                 single.append(job)
@@ -263,7 +266,7 @@ class PagesBatch(Batch[Restored]):
                     yield result.image
                     found.append(replace(result, image=_without_pixels(result.image)))
 
-            kept = images.write_pages(file, suffix, pages, chosen, restored(), self.strip_metadata)
+            kept = images.write_pages(file, suffix, pages, chosen, restored(), self.writing.strip)
             noise = operation.levels[min(operation.levels)].noise if operation.levels else None
             together = _together(found, [index + 1 for index in chosen], noise)
             every = (*notes, *together.image.notes, *kept)
@@ -284,7 +287,7 @@ class PagesBatch(Batch[Restored]):
         def worked_off() -> Iterator[Restored]:
             nonlocal done
             height, width = waiting[0][1].image.samples.shape[:2]
-            model = self.models.pick(height, width)
+            model = self.models.pick(height, width, operation.by_camera(waiting[0][1]))
 
             def share(part: float) -> None:
                 watch((done + part * len(waiting)) / len(chosen))
@@ -303,7 +306,7 @@ class PagesBatch(Batch[Restored]):
                 text = str(error)
                 raise ImageError(text if where in text else f"{where!r}: {text}") from None
             shape = ready.image.samples.shape
-            if waiting and waiting[0][1].image.samples.shape != shape:
+            if waiting and _kind(operation, waiting[0][1]) != _kind(operation, ready):
                 yield from worked_off()
             waiting.append((index, ready))
             if len(waiting) == operation.together(*shape[:2]):
@@ -326,6 +329,11 @@ def _run(
         if len(items) > 1:  # which of them it is
             return [r for item in items for r in _run(operation, [item], model, name, watch)]
         raise ImageError(f"{name!r}, page {items[0][0] + 1}: {error}") from None
+
+
+def _kind(operation: Denoise, ready: Ready) -> tuple[object, ...]:
+    """What pages have in common that go through the network together."""
+    return (*ready.image.samples.shape, operation.by_camera(ready))
 
 
 def is_stack(path: Path) -> bool:

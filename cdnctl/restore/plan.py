@@ -61,9 +61,13 @@ def expand(inputs: Sequence[Path], recursive: bool) -> list[Path]:
     return files
 
 
-def default_output(source: Path, ending: str = "denoised") -> Path:
-    """photo.png -> photo_denoised.png, beside it; formats that cannot be written become PNG."""
-    suffix = source.suffix if source.suffix.lower() in images.WRITE_SUFFIXES else ".png"
+def default_output(source: Path, ending: str = "denoised", suffix: str | None = None) -> Path:
+    """photo.png -> photo_denoised.png, beside it; formats that cannot be written become PNG.
+
+    suffix: what it ends in, whatever the source does.
+    """
+    if suffix is None:
+        suffix = source.suffix if source.suffix.lower() in images.WRITE_SUFFIXES else ".png"
     return source.with_name(f"{source.stem}_{ending}{suffix}")
 
 
@@ -73,13 +77,14 @@ def plan(
     recursive: bool,
     into: bool = False,
     ending: str = "denoised",
+    suffix: str | None = None,
 ) -> list[Job]:
     """Map inputs to outputs before any work is done.
 
     A single file goes to ``output`` (a file, or into it if it is a folder, there already or
     with ``into`` still to be made) or beside itself, with ``ending`` in its name; a folder needs
-    an ``output`` folder and is mirrored there. UsageError if an input is missing, two would
-    share an output, or one would be overwritten.
+    an ``output`` folder and is mirrored there. suffix: of outputs that are not named. UsageError
+    if an input is missing, two would share an output, or one would be overwritten.
     """
     jobs: list[Job] = []
     for source in sources:
@@ -87,13 +92,13 @@ def plan(
             if output is None:
                 raise UsageError(f"{str(source)!r} is a folder: say where to with -o FOLDER")
             found = _without(expand([source], recursive), source, output)
-            jobs += [Job(p, _writable(output / p.relative_to(source))) for p in found]
+            jobs += [Job(p, placed(output / p.relative_to(source), suffix)) for p in found]
         elif not source.exists():
             raise UsageError(f"no such file or folder: {str(source)!r}")
         elif output is None:
-            jobs.append(Job(source, default_output(source, ending)))
+            jobs.append(Job(source, default_output(source, ending, suffix)))
         elif into or output.is_dir() or len(sources) > 1:
-            jobs.append(Job(source, _writable(output / source.name)))
+            jobs.append(Job(source, placed(output / source.name, suffix)))
         else:
             check_suffix(output)
             jobs.append(Job(source, output))
@@ -137,7 +142,11 @@ def check_suffix(output: Path) -> None:
         raise UsageError(f"cannot write {str(output)!r}: its suffix must be one of {known}")
 
 
-def _writable(path: Path) -> Path:
+def placed(path: Path, suffix: str | None = None) -> Path:
+    """An output's name: with a suffix that is wanted, or with .png behind its own, where files
+    of that cannot be written."""
+    if suffix is not None:
+        return path.with_suffix(suffix)
     if path.suffix.lower() in images.WRITE_SUFFIXES:
         return path
     return path.with_name(path.name + ".png")
@@ -157,20 +166,21 @@ def _without(files: list[Path], source: Path, output: Path) -> list[Path]:
 def same_file(a: Path, b: Path) -> bool:
     """Whether two paths lead to one file, there or not."""
     try:
-        return _key(a) == _key(b) or a.samefile(b)
+        return key_of(a) == key_of(b) or a.samefile(b)
     except OSError:  # one of them is not there
         return False
 
 
-def _key(path: Path) -> str:
+def key_of(path: Path) -> str:
+    """What is the same for all names of a file, there or not."""
     return os.path.normcase(os.path.realpath(path))
 
 
 def _check_clashes(jobs: Sequence[Job]) -> None:
-    sources = {_key(job.source): job.source for job in jobs}
+    sources = {key_of(job.source): job.source for job in jobs}
     taken: dict[str, Path] = {}
     for job in jobs:
-        key = _key(job.output)
+        key = key_of(job.output)
         if same_file(job.output, job.source):
             raise UsageError(f"{str(job.source)!r} would overwrite itself: choose another output")
         if key in sources:

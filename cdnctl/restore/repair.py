@@ -26,7 +26,7 @@ from cdnctl.inverse.guide import Guided, draw, reconstruct
 from cdnctl.inverse.operators import Operator
 from cdnctl.restore.operation import Result
 from cdnctl.restore.prior import Prior
-from cdnctl.restore.samples import on_own_scale, on_unit_scale
+from cdnctl.restore.samples import finer, on_own_scale, on_unit_scale
 from cdnctl.restore.view import OutOfMemory, out_of_memory
 from cdnctl.sampling import geometric
 
@@ -47,6 +47,7 @@ class Settings:
     tile: int | None = None  # of at most tile x tile pixels; None: as large as ``memory`` allows
     memory: int | None = None  # bytes for all work; None: half of what is free
     range: tuple[float, float] | None = None  # black and white of float samples; None: 0 and 1
+    finer: bool = False  # results of pictures of 8 bits are of 16
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise <= 1:
@@ -202,10 +203,11 @@ class Repair(ABC):
         shown = [x[0, :, rows, columns].permute(1, 2, 0).cpu().numpy() for x in (mean, *found)]
         channels = image.samples.shape[2]
         shown = [np.broadcast_to(x, (*x.shape[:2], channels)) for x in shown]
-        result = on_own_scale(self.finished(image, shown[0]), settings.range, image.dtype)
+        deep = finer(image) if settings.finer else image
+        result = on_own_scale(self.finished(deep, shown[0]), settings.range, image.dtype)
         draws = np.stack(shown[1:]) if settings.samples else np.empty((0, *shown[0].shape))
         rms = missed.square().mean().sqrt().item()
-        return Repaired(result, model, problem.noise, rms, self.steps, draws)
+        return Repaired(result, model, problem.noise, rms, self.steps, draws, ends=settings.range)
 
     def _solved(
         self, guided: Guided, prior: Prior, start: Tensor, watch: Callable[[float], None]

@@ -28,6 +28,7 @@ class Settings:
     range: Range | None = None  # black and white; None: 0 and 1, or all that whole numbers hold
     noise: Kind = "auto"  # what is known of it, where sigma is not told; see `levels.KINDS`
     mask: Mask | None = None  # weighs ``strength`` in each place; None: alike in all
+    finer: bool = False  # results of pictures of 8 bits are of 16
 
     def __post_init__(self) -> None:
         for part in self.strengths:
