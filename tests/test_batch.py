@@ -784,9 +784,9 @@ def test_each_picture_is_asked_for_its_model_once(
     some.parameters  # noqa: B018  asks once for the name
     asked, pick = [], Models.pick
 
-    def counted(self: Models, height: int, width: int) -> Any:
+    def counted(self: Models, height: int, width: int, *more: Any) -> Any:
         asked.append((height, width))
-        return pick(self, height, width)
+        return pick(self, height, width, *more)
 
     monkeypatch.setattr(Models, "pick", counted)
     with some.manifest:
