@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageCms
 import pytest
 import torch
 from processes import Run
@@ -17,6 +18,7 @@ from tiny import noisy_picture, save_tiny, write
 
 from cdnctl import images
 from cdnctl.api import Model, load
+from cdnctl.core.tone import to_display
 from cdnctl.errors import UsageError
 from cdnctl.images import Image, Metadata
 from cdnctl.images.notes import text_of, with_note
@@ -27,6 +29,7 @@ from cdnctl.selection import Models
 
 SIGMA = 0.1
 NOTE = "cdnctl 1 denoise, model m, sigma 2"
+SRGB = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
 DESCRIPTION, SOFTWARE, MAKER_NOTE = 270, 305, 37500
 
 
@@ -152,6 +155,8 @@ def test_what_eight_bits_hold_is_not_dithered(model: Model, dtype: str) -> None:
     [
         ({"depth": 16}, ".jpg", ["--depth 16", ".jpg", "--format"]),
         ({"depth": 16}, ".bmp", ["--depth 16", ".bmp"]),
+        ({"linear": True}, ".jpg", ["--linear", ".jpg", "--format"]),
+        ({"linear": True, "depth": 8}, "", ["--linear", "--depth 16"]),
         ({"quality": 80}, ".png", ["--quality 80", ".png", ".jpg"]),
         ({"suffix": ".png"}, ".tif", [".tif", "--format is png"]),
         ({"depth": 12}, "", ["--depth is 12", "8 or 16"]),
@@ -166,6 +171,22 @@ def test_what_a_format_cannot_hold_is_refused(
     with pytest.raises(UsageError) as error:
         Writing(**options).check({suffix})
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_linear_light_is_what_the_tone_curve_was_laid_on(model: Model, dtype: str) -> None:
+    """With alpha, and colours below it; the ends stay the ends."""
+    image = ramp(dtype)
+    alpha = np.full(image.samples.shape[:2], 3, image.dtype)
+    image = replace(image, alpha=alpha, metadata=Metadata(icc=SRGB))
+    read = stored(Writing(linear=True), Result(image, model), ".tif")
+    assert read.dtype == (np.float32 if dtype == "float32" else np.uint16)
+    again = to_display(torch.from_numpy(read.pixels.astype(np.float64))).numpy()
+    step = 1e-6 if dtype == "float32" else 12.92 / 65535
+    np.testing.assert_allclose(again, image.pixels, atol=step)
+    assert read.pixels.min() == 0 and read.pixels.max() == 1
+    assert read.metadata.icc is None, "it is of another curve"
+    np.testing.assert_allclose(images.to_unit(read.alpha), images.to_unit(alpha), atol=1e-4)
 
 
 def test_two_suffixes_of_one_format_agree() -> None:

@@ -149,6 +149,7 @@ def denoise(
         }
         for option in (o for o, is_given in unsuited.items() if is_given):
             raise UsageError(f"{option} does not go with --jpeg: leave one of them out")
+    storing.suits(scale)
     selection = parse_pages(pages)
     if selection is not None:
         unsuited = {
@@ -160,6 +161,7 @@ def denoise(
             "--format": storing.kind is not None,
             "--depth": storing.depth is not None,
             "--quality": storing.quality is not None,
+            "--linear": storing.linear,
         }
         for option in (o for o, is_given in unsuited.items() if is_given):
             raise UsageError(f"{option} does not go with --pages: leave one of them out")

@@ -78,6 +78,7 @@ def settings_of(
         raise UsageError("--class auto: there is no whole picture to tell it from; name a class")
     budget = None if memory is None else parse_size(memory)
     levels = parse_range(scale)
+    files.storing.suits(scale)
     from cdnctl.restore import Percentiles, RepairSettings
 
     if isinstance(levels, Percentiles):

@@ -44,6 +44,10 @@ class Storing:
             "--quality", min=1, max=100, help="Of JPEG, WebP and HEIC files (default: 95)."
         ),
     ] = None
+    linear: Annotated[
+        bool,
+        typer.Option("--linear", help="Write linear light in 16 bits, of camera raw most of all."),
+    ] = False
     dither: Annotated[
         bool, typer.Option("--dither", help="With --depth 8: noise in the place of steps.")
     ] = False
@@ -51,12 +55,22 @@ class Storing:
         bool, typer.Option("--no-note", help="Do not say in the file what was done.")
     ] = False
 
+    def suits(self, scale: str | None) -> None:
+        """UsageError if what is asked for does not go with a --range."""
+        if self.linear and scale is not None:
+            raise UsageError(
+                f"--linear undoes the tone curve of sRGB, which values of --range {scale} do not "
+                "have: leave one of them out"
+            )
+
     def writing(self, strip: bool) -> Writing:
         """The same for `cdnctl.restore`; UsageError for what makes no sense."""
         from cdnctl.restore.writing import Writing
 
         suffix = None if self.kind is None else f".{self.kind.lower().removeprefix('.')}"
-        return Writing(suffix, self.depth, self.quality, self.dither, strip, not self.no_note)
+        return Writing(
+            suffix, self.depth, self.quality, self.linear, self.dither, strip, not self.no_note
+        )
 
 
 def with_storing(command: Callable[..., None]) -> Callable[..., None]:

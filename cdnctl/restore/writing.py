@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from cdnctl import images
+from cdnctl.core.tone import to_light
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
 from cdnctl.restore.operation import Operation, R, Result
@@ -24,6 +26,7 @@ class Writing:
     suffix: str | None = None  # of all outputs, such as ".png"; None: that of each input
     depth: int | None = None  # bits of a sample; None: those of the input, or what the format has
     quality: int | None = None  # of lossy formats, 1 to 100; None: `images.QUALITY`
+    linear: bool = False  # linear light: the tone curve of sRGB undone, in 16 bits or more
     dither: bool = False  # noise of up to a step where 8 bits are made of more
     strip: bool = False  # leave out all metadata
     note: bool = True  # say in the file what was done
@@ -36,13 +39,15 @@ class Writing:
             )
         if self.depth not in (None, *DEPTHS):
             raise UsageError(f"--depth is {self.depth}, but must be 8 or 16")
+        if self.linear and self.depth == 8:
+            raise UsageError("--linear: 8 bits are too few for linear light: give --depth 16")
         if self.dither and self.depth != 8:
             raise UsageError("--dither is for pictures of 8 bits: give --depth 8 as well")
 
     @property
     def finer(self) -> bool:
         """Whether results are wanted in smaller steps than those of 8 bits."""
-        return self.depth == 16 or self.dither
+        return self.depth == 16 or self.dither or self.linear
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -51,6 +56,7 @@ class Writing:
             "format": self.suffix,
             "depth": self.depth,
             "quality": self.quality,
+            "linear": self.linear or None,
             "dither": self.dither or None,
             "note": None if self.note else False,
         }
@@ -69,6 +75,11 @@ class Writing:
                 raise UsageError(
                     f"--depth {self.depth}: {suffix} files hold 8 bits a sample; "
                     "give --format png or tif"
+                )
+            if self.linear and not images.holds(suffix, DEPTHS[16]):
+                raise UsageError(
+                    f"--linear: {suffix} files hold 8 bits a sample, too few for linear light; "
+                    "give --format tif or png"
                 )
         if self.quality is not None and not suffixes & images.LOSSY_SUFFIXES:
             lossy = ", ".join(sorted(images.LOSSY_SUFFIXES))
@@ -92,7 +103,7 @@ class Writing:
 
     def _stored(self, result: Result, suffix: str) -> Image:
         """The result in the type of the samples of the file."""
-        image = result.image
+        image = _linear(result.image) if self.linear else result.image
         dtype = images.stored_dtype(image, suffix)
         if self.depth is not None:
             dtype = DEPTHS[self.depth]
@@ -116,6 +127,25 @@ class Writing:
         hidden = None if image.hidden is None or ends is not None else cast(image.hidden)
         alpha = None if image.alpha is None else cast(image.alpha)
         return replace(image, samples=samples, alpha=alpha, hidden=hidden, notes=notes)
+
+
+def _linear(image: Image) -> Image:
+    """A picture in linear light, 16 bits or float; without a profile, which says otherwise."""
+    notes, metadata = (*image.notes, "stored as linear light"), image.metadata
+    if metadata.icc is not None:
+        metadata, notes = replace(metadata, icc=None), (*notes, "ICC data left out")
+    dtype = image.dtype if image.dtype.kind == "f" or image.dtype.itemsize > 1 else DEPTHS[16]
+
+    def lit(values: np.ndarray) -> np.ndarray:
+        light = to_light(torch.from_numpy(images.to_unit(values).astype(np.float64)))
+        return images.from_unit(light.numpy(), dtype)
+
+    alpha = None if image.alpha is None else images.from_unit(images.to_unit(image.alpha), dtype)
+    hidden = None if image.hidden is None else lit(image.hidden)
+    samples = lit(image.samples)
+    return replace(
+        image, samples=samples, alpha=alpha, hidden=hidden, metadata=metadata, notes=notes
+    )
 
 
 def rounded(values: np.ndarray, dither: bool) -> np.ndarray:

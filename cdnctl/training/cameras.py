@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdnctl.core.coloured import AXES, OCTAVES, curve, local_tone, octave_of, said
+from cdnctl.core.tone import to_display, to_light
 from cdnctl.images import PEAK
 
 MARGIN = 8  # pixels at the borders of a scene that lens, demosaicing and sharpening may spoil
 
-_GAMMA = 2.4  # of sRGB's curve beside its straight foot
 _OVERLAP = torch.tensor([[0.62, 0.31, 0.07], [0.14, 0.71, 0.15], [0.04, 0.29, 0.67]])
 """Linear display colours to those of a sensor whose filters overlap. Rows sum to 1."""
 _LUMA = torch.tensor([0.299, 0.587, 0.114])  # as in JPEG
@@ -132,19 +132,6 @@ def _developed(raw: Tensor, back: Tensor, c: Cameras) -> Tensor:
     luma = torch.einsum("c,bchw->bhw", _LUMA, shown)[:, None]
     shown = _blurred(luma + _blurred(shown - luma, c.smooth), c.blur)
     return (shown + c.sharp.view(-1, 1, 1, 1) * (shown - _blurred(shown, c.radius))).clamp(0, 1)
-
-
-def to_light(shown: Tensor) -> Tensor:
-    """Light of sRGB values."""
-    high = ((shown + 0.055) / 1.055) ** _GAMMA
-    return torch.where(shown <= 0.04045, shown / 12.92, high)
-
-
-def to_display(light: Tensor) -> Tensor:
-    """sRGB values of light, which is clipped to what can be shown."""
-    light = light.clamp(0, 1)
-    high = 1.055 * light.clamp_min(0.0031308) ** (1 / _GAMMA) - 0.055
-    return torch.where(light <= 0.0031308, light * 12.92, high)
 
 
 def _blurred(x: Tensor, widths: Tensor) -> Tensor:
