@@ -209,7 +209,8 @@ def test_gradient_command(cdnctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (("quality",), "missing argument"),
         (
             ("pictures",),
-            "the commands of cdnctl bench are quality, cost, folders, gradient, repair, confidence, learning",
+            "the commands of cdnctl bench are quality, cost, folders, gradient, repair, "
+            "confidence, learning",
         ),
     ],
 )
