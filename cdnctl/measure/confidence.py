@@ -38,9 +38,9 @@ def confidence(
     seed: int = 0,
     watch: Callable[[], None] = lambda: None,
 ) -> Iterator[Confidence]:
-    """One for each level. pictures: clean, (1, C, H, W) of one size, gray or with the model's channels,
-    at least two. probes: of
-    random signs, for the trace, each a pass back. watch: called after every picture."""
+    """One for each level. pictures: clean, (1, C, H, W) of one size, gray or with the model's
+    channels, at least two. probes: of random signs, for the trace, each a pass back. watch: called
+    after every picture."""
     if len(pictures) < 2:
         raise UsageError("one picture has no standard error: give two or more")
     channels = model.needs.channels
