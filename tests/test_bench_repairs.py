@@ -99,6 +99,10 @@ def test_the_exact_denoiser_is_calibrated(bell: Model) -> None:
     assert found.expected == pytest.approx(exact, rel=1e-3)  # J is a multiple of the identity
     assert found.made == pytest.approx(exact, rel=0.03)
     assert abs(found.ratio - 1) < 4 * found.error < 0.2
+    # A gray picture is one with three equal channels.
+    gray = [x[:, :1] for x in fields(2, 16)]
+    repeated = [x.repeat(1, 3, 1, 1) for x in gray]
+    assert next(confidence(gray, bell, [0.1])) == next(confidence(repeated, bell, [0.1]))
     with pytest.raises(UsageError, match="two or more"):
         next(confidence(fields(1, 32), bell, [0.1]))
 

@@ -38,11 +38,14 @@ def confidence(
     seed: int = 0,
     watch: Callable[[], None] = lambda: None,
 ) -> Iterator[Confidence]:
-    """One for each level. pictures: clean, (1, C, H, W) of one size, at least two. probes: of
-    random signs, for the trace, each a pass back. watch: called after every picture."""
+    """One for each level. pictures: clean, (1, C, H, W) of one size, gray or with the model's
+    channels, at least two. probes: of random signs, for the trace, each a pass back. watch: called
+    after every picture."""
     if len(pictures) < 2:
         raise UsageError("one picture has no standard error: give two or more")
-    clean = torch.cat(list(pictures))
+    channels = model.needs.channels
+    # Gray is repeated, as in training.
+    clean = torch.cat([x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x for x in pictures])
     prior = Prior(model, (clean.shape[1], clean.shape[2], clean.shape[3]))
     if len(prior.tiles) > 1:
         raise UsageError("pictures that do not fit into memory as a whole: give smaller ones")

@@ -24,10 +24,11 @@ from cdnctl.restore.operation import Result
 from cdnctl.restore.prior import Prior
 from cdnctl.sampling import geometric, settle
 
-# On crops of photographs at qualities 10 and 40, 2 to 4 steps within these bounds gained as much
-# as 6; a first level of 0.6 gained 0.2 dB less, one of 1.5 half a dB less.
-STEPS = 3
-FIRST, LAST = 1.0, 0.5  # noise levels, in units of the error of the quantisation
+# On six photographs kept out of training, at qualities 10 to 35, two steps within these bounds
+# gained as much as three or four from 1.0 on, or 0.04 dB more; the mean with what is found in the
+# mirror adds 0.02 dB.
+STEPS = 2
+FIRST, LAST = 1.2, 0.6  # noise levels, in units of the error of the quantisation
 MEETINGS = 10  # at the end, of the box and of what is no blacker than black, nor whiter than white
 START = b"\xff\xd8\xff"  # of every JPEG file
 
@@ -107,7 +108,12 @@ class Deblock:
         if sigma > 0:
             first = min(FIRST * sigma, prior.highest)
             sigmas = geometric(first, first * LAST / FIRST, STEPS)
-            y = settle(lambda t, s: box.project(prior(t, s)), y, sigmas, watch)
+
+            def within(t: Tensor, s: Tensor | float) -> Tensor:
+                mirrored = prior(t.flip(-1), s).flip(-1)
+                return box.project((prior(t, s) + mirrored) / 2)
+
+            y = settle(within, y, sigmas, watch)
             for _ in range(MEETINGS):
                 y = box.project(y.clamp(0, 1))
         if not y.isfinite().all():
