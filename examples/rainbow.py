@@ -139,7 +139,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("train", type=Path, nargs="+", help="folders or zip files of class folders")
     parser.add_argument("--test", type=Path, required=True, help="other pictures of these classes")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--draws", type=int, default=5, help="networks drawn from one")
     parser.add_argument("--frames", type=int, default=10_000, help="pictures to align on")
@@ -155,12 +154,11 @@ def main() -> None:
         net = report(build, data, test, args)
         if name == "MLP":
             first = net
-    slope, errors = kernel_slope(first, test[0][:200], 20)
+    slope, errors = kernel_slope(first, test[0][:100], 40)
     listed = ", ".join(f"{100 * e:.1f} %" for e in errors)
-    print(
-        f"\nKernel of the MLP's first layer, drawn {' / '.join(map(str, WIDTHS))} wide, against its"
-    )
-    print(f"limit: errors {listed}, slope {slope:.3f}")
+    widths = " / ".join(map(str, WIDTHS))
+    print(f"\nKernel of the MLP's first layer, drawn {widths} wide, against its limit:")
+    print(f"errors {listed}, slope {slope:.3f}")
     print(f"{time.process_time() / 60:.1f} minutes of CPU")
 
 

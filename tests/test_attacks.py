@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import Run
 from scipy.optimize import brentq
 from scipy.stats import binom
-from tiny import CLASSES, picture, tiny
+from tiny import CLASSES, picture, tiny, write
 from torch import Tensor
 
 from cdnctl.analysis import attacks
@@ -27,7 +28,8 @@ from cdnctl.analysis.attacks import (
     square,
     square_side,
 )
-from cdnctl.api import Model
+from cdnctl.api import Model, load
+from cdnctl.checkpoints import Header, build_module, save_model
 from cdnctl.errors import UsageError
 from cdnctl.measure.evaluate import Sample, evaluate
 from cdnctl.restore import View
@@ -501,3 +503,41 @@ def test_intervals_hold_what_they_promise() -> None:
 def test_attacks_that_make_no_sense(wrong: tuple[str, float]) -> None:
     with pytest.raises(UsageError, match=r"l1|-1|nan"):
         Attack(*wrong)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"arch": "scattering", "rho": "skip"},
+        {"arch": "scattering", "bank": "octave", "rho": "phases", "maps": "real", "frames": 2},
+        {"arch": "fixed-scattering", "octaves": 2, "angles": 4, "cells": 2},
+    ],
+)
+def test_fixed_wavelets_are_attacked_like_others(
+    tmp_path: Path, cdnctl: Run, shape: dict[str, object]
+) -> None:
+    """Ten classes, sides that are no whole cells, a gray and a flat picture."""
+    classes = tuple(f"class {i}" for i in range(10))
+    arch = str(shape["arch"])
+    config = {k: v for k, v in shape.items() if k != "arch"} | {"num_classes": 10}
+    if arch == "scattering":
+        config["widths"] = [4, 6]
+    header = Header("waves", arch, config, classes, (0.0, 0.1), 16)
+    torch.manual_seed(0)
+    save_model(tmp_path / "waves.safetensors", build_module(header).state_dict(), header)
+    model = load(tmp_path / "waves.safetensors")
+    pixels = [picture(14, 18), picture(14, 18, 1), np.full((14, 18, 3), 128 / 255, np.float32)]
+    for i, x in enumerate(pixels):
+        y = torch.from_numpy(x.transpose(2, 0, 1).copy())
+        label = model.classes[int(model.posterior(y, 0.0).argmax())]
+        write(tmp_path / "in" / label / f"{i}.png", x)
+    attack = ("attack", "in", "--model", "waves.safetensors", "--steps", "3", "--restarts", "2")
+    radii = ("--radius", "linf:2,60,l2:0.5,square:8", "--queries", "5", "--json")
+    for more in ((), ("--sigma", "10", "--draws", "2"), ("--from", "waves.safetensors")):
+        done = cdnctl(*attack, *radii, *more)
+        assert done.code == 0, done.err
+        (report,) = done.records
+        shares = {(r["attack"], r["radius"]): r["robust_accuracy"] for r in report["robustness"]}
+        assert len(shares) == 5 and shares["linf", 60] <= shares["linf", 2]
+        if not more:
+            assert shares["none", 0] == 1 and shares["linf", 60] < 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import Run
@@ -138,7 +140,7 @@ def test_twins_are_models(tmp_path: Path, kind: str, control: str) -> None:
 
     def twin(seed: int) -> Model:
         target = tmp_path / f"twin {seed}.safetensors"
-        explained = write_twin(source, target, roots, seed, 8, control)
+        explained = write_twin(source, target, roots, seed, 12, control)
         assert explained and all(0 < share <= 1 + 1e-6 for share in explained)
         return load(target)
 
@@ -149,7 +151,7 @@ def test_twins_are_models(tmp_path: Path, kind: str, control: str) -> None:
     assert not torch.equal(one.posterior(y, 0.1), old.posterior(y, 0.1))
     assert one.header.scores == {} and one.header.model == old.header.model
     drawn = one.header.training["drawn"]
-    assert drawn == {"weights": old.hash, "seed": 3, "control": control, "pictures": 8}
+    assert drawn == {"weights": old.hash, "seed": 3, "control": control, "pictures": 12}
     card = (tmp_path / "twin 3.md").read_text(encoding="utf-8")
     assert old.hash in card and "cdnctl train" not in card and "drawn anew" in card
 
@@ -162,6 +164,9 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     fixed = load(save_scattering(tmp_path / "fixed.safetensors", **shape))
     with pytest.raises(UsageError, match="no chain of linear maps"):
         draw_twin(fixed, [torch.rand(2, 3, 16, 16)], generator(), "none")
+    few = load(save_scattering(tmp_path / "few.safetensors"))
+    with pytest.raises(UsageError, match="2 activations are too few to align the 12 channels"):
+        draw_twin(few, [torch.rand(2, 3, 16, 16)], generator(), "none")
     plain = tiny(tmp_path, "classifier", blocks=[0, 0])
     with pytest.raises(UsageError, match="no residual blocks"):
         draw_twin(plain, [torch.rand(2, 3, 16, 16)], generator(), "none")
@@ -191,3 +196,32 @@ def test_resample(tmp_path: Path, cdnctl: Run) -> None:
         failed = cdnctl(*command, "--overwrite", *wrong)
         assert failed.code == 2 and said in failed.err, wrong
     assert cdnctl("models", "resample", "m.safetensors", "a.txt", "--on", "data").code == 2
+
+
+@pytest.mark.slow
+def test_the_published_experiment_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """examples/rainbow.py, on a few pictures: what is not drawn anew stays as it was."""
+    script = Path(__file__).parent.parent / "examples" / "rainbow.py"
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for i in range(600 if split == "train" else 20):  # the MLP has 512 channels to align
+            pixels = rng.uniform(0, 1, (32, 32, 3)) * np.linspace(i % 2, 1, 32)[:, None, None]
+            write(tmp_path / split / f"class {i % 2}" / f"{i}.png", pixels.astype(np.float32))
+    options = "train --test test --epochs 2 --draws 1 --frames"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(script), *options.split(), "600"])
+    runpy.run_path(str(script), run_name="__main__")
+    told = capsys.readouterr().out
+    for name in ("MLP", "CNN"):
+        table = told.partition(f"| {name} |")[2].partition("\n\n")[0]
+        rows = [line.split("|")[1:4] for line in table.splitlines() if line.endswith("% |")]
+        first = table.splitlines()[2].split("|")
+        assert first[1].startswith(" trained") and len(rows) == 5
+        right = {row[0].strip(): row[1] for row in rows}
+        assert right["not drawn (must be equal)"] == first[2]
+        assert all(0 <= float(share.strip(" %")) <= 100 for share in right.values())
+    slope = float(told.partition("slope ")[2].split()[0])
+    assert slope == pytest.approx(-0.5, abs=0.1)
+    assert "minutes of CPU" in told

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cdnctl.analysis.rainbow import Draw, Resampled, gaussian, turned
+from cdnctl.analysis.rainbow import Draw, Resampled, check_count, gaussian, turned
 from cdnctl.core import spectra
 from cdnctl.core.joint import Corrector, HasPosterior
 from cdnctl.models.adjoint import Activation, Conv, Residual
@@ -95,7 +95,7 @@ def resample_blocks(
         block = parts[name]
         rows = block.first.weight.detach()
         block.first.weight.copy_(draw(rows.flatten(1), len(rows), generator).view_as(rows))
-        k, energy, other = torch.zeros(()), 0.0, 0.0
+        k, energy, other, vectors = torch.zeros(()), 0.0, 0.0, 0
         for noisy in batches:
             a, b = (
                 spectra.samples(hidden(one, [name], noisy)[name]).double() for one in (net, new)
@@ -103,6 +103,8 @@ def resample_blocks(
             k = k + b.T @ a
             energy += float(a.square().sum())
             other += float(b.square().sum())
+            vectors += len(a)
+        check_count(vectors, len(k), name)
         explained.append(spectra.explained(k, energy, other))
         if aligned:
             rows = block.second.weight.detach()

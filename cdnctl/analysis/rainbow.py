@@ -25,8 +25,7 @@ Draw = Callable[[Tensor, int, torch.Generator], Tensor]
 def gaussian(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Normal rows W', real or complex like the old ones, with their covariance. The mean of W'^H W'
     is W^H W for any number of rows, so the scale of the following layers stays the same."""
-    _, s, vh = torch.linalg.svd(rows, full_matrices=False)
-    return _normal(count, len(s), rows, generator) @ (s[:, None] * vh) / count**0.5
+    return _normal(count, len(rows), rows, generator) @ rows / count**0.5
 
 
 def white(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -64,7 +63,7 @@ def resample(
     net: as in ``stages``, trained, in evaluation mode. batches: inputs, of the training set,
     that frames and statistics are taken from. draw: the law of rows. aligned: or every frame
     is taken for that of the old network (a control). widen: factor of the hidden widths, for a
-    Sequential without norms.
+    Sequential without norms. ValueError for pictures that give fewer activations than channels.
     """
     old, new = stages(net), deepcopy(net)
     chain = stages(new)
@@ -76,6 +75,7 @@ def resample(
         if i:
             recalibrate(chain, i, batches)
             found = agreement(old, chain, i, batches)
+            check_count(found.vectors, found.turn.shape[1], stage.name)
             explained.append(found.explained)
             turn = _turn(found, stage, aligned)
         rows = stage.rows()
@@ -89,6 +89,15 @@ def resample(
             _set(chain[i + 1], following.repeat(1, widen, 1))
         chain = stages(new)
     return Resampled(new, tuple(explained))
+
+
+def check_count(vectors: int, channels: int, name: str) -> None:
+    """ValueError if so few activations leave the frame of channels open."""
+    if vectors < channels:
+        raise ValueError(
+            f"{vectors} activations are too few to align the {channels} channels of {name!r}: "
+            "look at more pictures"
+        )
 
 
 def turned(rows: Tensor, turn: Tensor) -> Tensor:
