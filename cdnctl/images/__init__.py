@@ -45,7 +45,6 @@ from cdnctl.images.codec import (
     write,
 )
 from cdnctl.images.image import Image, Metadata, from_unit, to_unit
-from cdnctl.images.pages import SUFFIXES as PAGES_SUFFIXES
 from cdnctl.images.pages import (
     Pages,
     is_array,
@@ -62,7 +61,6 @@ from cdnctl.units import PEAK
 __all__ = [
     "MAX_PIXELS",
     "MEGAPIXEL",
-    "PAGES_SUFFIXES",
     "PEAK",
     "QUALITY",
     "READ_SUFFIXES",

@@ -180,7 +180,7 @@ class PagesBatch(Batch[Restored]):
         self, jobs: Sequence[Job], late: list[Done[Restored]] | None = None
     ) -> Generator[Done[Restored]]:
         """See `Batch`."""
-        stacks = [job for job in jobs if is_stack(job.source)]
+        stacks = [job for job in jobs if is_stack(job.source, self.max_pixels)]
         single: list[Job] = []
         for job in (job for job in jobs if job not in set(stacks)):
             try:
@@ -247,12 +247,12 @@ class PagesBatch(Batch[Restored]):
         name: of the stack, for messages. watch: told the share of the work that is done.
         ImageError if a page will not do, or the format holds no stacks.
         """
-        if suffix not in images.PAGES_SUFFIXES:
-            raise ImageError(
-                f"{name!r} is a stack, which {suffix} files cannot hold: name an output that ends "
-                f"in {' or '.join(images.PAGES_SUFFIXES)}"
-            )
         with images.open_pages(source, self.max_pixels, name) as pages:
+            if suffix not in pages.suffixes:
+                raise ImageError(
+                    f"{name!r} is a stack, and not to be written as {suffix}: name an output that "
+                    f"ends in {' or '.join(pages.suffixes)}"
+                )
             chosen = self.pages.of(pages.count, name)
             assert isinstance(self.operation, Denoise)
             operation, notes = looked_over(self.operation, pages, chosen, name)
@@ -328,12 +328,12 @@ def _run(
         raise ImageError(f"{name!r}, page {items[0][0] + 1}: {error}") from None
 
 
-def is_stack(path: Path) -> bool:
+def is_stack(path: Path, max_pixels: int) -> bool:
     """Whether a file is a stack, or an array, of which pages keep what pictures cannot."""
     if not images.takes_pages(path):
         return False
     try:
-        with images.open_pages(path) as pages:
+        with images.open_pages(path, max_pixels) as pages:
             return pages.count > 1 or images.is_array(path)
     except ImageError:
         return True  # why it cannot be opened is said when its turn comes
