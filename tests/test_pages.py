@@ -316,9 +316,34 @@ def test_a_folder_with_stacks_goes_on(tmp_path: Path, cdnctl: Run, tiny_weights:
     other = cdnctl(*command[:-1], "1").records
     assert sum(r["event"] == "restored" for r in other) == 4
     lines = [json.loads(x) for x in (tmp_path / "out" / NAME).read_text("utf-8").splitlines()]
-    good = [line for line in lines if line["output"] == "good.tif" and "error" not in line]
+    good = [line for line in lines if line["output"] == "good.tif" and "operation" in line]
     assert [line["pages"] for line in good] == [6, 1]
     assert good[0]["parameters"]["pages"] == "all" and len(good[0]["output_sha256"]) == 64
+
+
+def test_who_goes_on_after_a_sudden_death_finds_what_it_left(
+    tmp_path: Path, cdnctl: Run, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest names the file that a stack is written to while it is being written."""
+    (tmp_path / "in").mkdir()
+    KINDS["stack.npy"](tmp_path / "in" / "s.npy")
+    out, left = tmp_path / "out", []
+    write_pages = images.write_pages
+
+    def noted(*args: Any) -> Any:
+        (line,) = (out / NAME).read_text("utf-8").splitlines()
+        left.append(out / json.loads(line)["temporary"])
+        assert left[0].exists()
+        return write_pages(*args)
+
+    options = ("--pages", "all", "--sigma", "9", "--model", tiny_weights)
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "write_pages", noted)
+        assert cdnctl("denoise", "in", "-o", "out", *options).code == 0
+    (out / "s.npy").unlink()
+    left[0].write_bytes(b"half")
+    assert cdnctl("denoise", "in", "-o", "out", *options, "--resume").code == 0
+    assert {p.name for p in out.iterdir()} == {"s.npy", NAME}
 
 
 def infinite(path: Path) -> None:

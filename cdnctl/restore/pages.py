@@ -209,6 +209,10 @@ class PagesBatch(Batch[Restored]):
             origin = Origin(digest_of(job.source), job.source.stat().st_size, time_of_input)
             job.output.parent.mkdir(parents=True, exist_ok=True)
             temporary = images.temporary_name()
+            if self.manifest is not None:
+                # Now, as this takes long: whoever goes on after a sudden death removes it.
+                begun = {"output": self.manifest.name_of(job.output), "temporary": temporary}
+                self.manifest.add(begun | {"input": name})
             with images.saving(job.output, temporary, overwrite=overwrite) as file:
                 restored = self.write(
                     file, job.output.suffix.lower(), job.source, name, self._watched(job)
@@ -218,8 +222,7 @@ class PagesBatch(Batch[Restored]):
                     file.seek(0)
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                     record = self._record(job, origin, restored, found, seconds)
-                    more = {"pages": restored.pages, "temporary": temporary}
-                    self.manifest.add(record | more)
+                    self.manifest.add(record | {"pages": restored.pages})
             return Done(job, restored, seconds=time.monotonic() - started)
         except OutputExistsError:
             return self._taken(job)
