@@ -16,7 +16,7 @@ import hashlib
 import math
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -106,19 +106,21 @@ def looked_over(
     settings = denoise.settings
     samples: list[np.ndarray] = []
     squares: dict[int, list[np.ndarray]] = defaultdict(list)
-    channels = [pages.channel(index) for index in chosen]
+    among = Counter(pages.channel(index) for index in chosen)
+    seen: Counter[int] = Counter()
     low, high = math.inf, -math.inf
     shapes = set()
-    for place, index in enumerate(chosen):
+    for index in chosen:
         image = images.read_page(pages, index, name)
         low, high = min(low, image.samples.min()), max(high, image.samples.max())
         step = math.ceil(math.sqrt(len(chosen) * image.samples.size / MOST_SAMPLES))
-        visible = image.samples if image.alpha is None else image.samples[image.alpha > 0]
-        samples.append(visible[::step, ::step].ravel() if visible.ndim == 3 else visible.ravel())
+        some = image.samples[::step, ::step]
+        hidden = None if image.alpha is None else image.alpha[::step, ::step] == 0
+        samples.append((some if hidden is None or hidden.all() else some[~hidden]).ravel())
         shapes.add((image.samples.shape, image.dtype))
-        own = channels[place]
-        among = channels.count(own)
-        squares[own] += _squares(image.samples, channels[:place].count(own), among)
+        own = pages.channel(index)
+        squares[own] += _squares(image.samples, seen[own], among[own])
+        seen[own] += 1
     whole = Image(np.concatenate(samples)[:, None, None])
     if images.is_unknown(pages.dtype) and settings.range is None:
         raise ImageError(
