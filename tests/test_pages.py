@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import tifffile
 from processes import Run
@@ -315,9 +316,34 @@ def test_a_folder_with_stacks_goes_on(tmp_path: Path, cdnctl: Run, tiny_weights:
     other = cdnctl(*command[:-1], "1").records
     assert sum(r["event"] == "restored" for r in other) == 4
     lines = [json.loads(x) for x in (tmp_path / "out" / NAME).read_text("utf-8").splitlines()]
-    good = [line for line in lines if line["output"] == "good.tif" and "error" not in line]
+    good = [line for line in lines if line["output"] == "good.tif" and "operation" in line]
     assert [line["pages"] for line in good] == [6, 1]
     assert good[0]["parameters"]["pages"] == "all" and len(good[0]["output_sha256"]) == 64
+
+
+def test_who_goes_on_after_a_sudden_death_finds_what_it_left(
+    tmp_path: Path, cdnctl: Run, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest names the file that a stack is written to while it is being written."""
+    (tmp_path / "in").mkdir()
+    KINDS["stack.npy"](tmp_path / "in" / "s.npy")
+    out, left = tmp_path / "out", []
+    write_pages = images.write_pages
+
+    def noted(*args: Any) -> Any:
+        (line,) = (out / NAME).read_text("utf-8").splitlines()
+        left.append(out / json.loads(line)["temporary"])
+        assert left[0].exists()
+        return write_pages(*args)
+
+    options = ("--pages", "all", "--sigma", "9", "--model", tiny_weights)
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "write_pages", noted)
+        assert cdnctl("denoise", "in", "-o", "out", *options).code == 0
+    (out / "s.npy").unlink()
+    left[0].write_bytes(b"half")
+    assert cdnctl("denoise", "in", "-o", "out", *options, "--resume").code == 0
+    assert {p.name for p in out.iterdir()} == {"s.npy", NAME}
 
 
 def infinite(path: Path) -> None:
@@ -331,7 +357,12 @@ def infinite(path: Path) -> None:
     [
         (KINDS["stack.npy"], "s.npy", "", "holds 6 frames or pages.*--pages all"),
         (KINDS["imagej.tif"], "s.tif", "", "holds 6 frames or pages.*--pages all"),
-        (KINDS["imagej.tif"], "s.tif", "--pages all -o o.png", "stack, which .png files cannot"),
+        (
+            KINDS["imagej.tif"],
+            "s.tif",
+            "--pages all -o o.png",
+            "stack, and not to be written as .png",
+        ),
         (infinite, "s.npy", "--pages all --range 0:4095", "page 5 of 6: .*not finite"),
         (
             lambda p: tifffile.imwrite(p, STACK[0].astype(np.int16) - 2500),
@@ -409,3 +440,46 @@ def test_single_arrays_as_pictures(tmp_path: Path) -> None:
     clear = Image(counts(4, 4, 3), np.ones((4, 4), np.uint16))
     with pytest.raises(ImageError, match="transparency"):
         images.write(clear, tmp_path / "c.npy")
+
+
+ANIMATIONS = {"GIF": "a.gif", "PNG": "a.png", "WEBP": "a.webp"}
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+@pytest.mark.parametrize("kind", ANIMATIONS)
+def test_animations_frame_by_frame(
+    kind: str, transparent: bool, tmp_path: Path, cdnctl: Run, tiny_weights: Path
+) -> None:
+    """Pixels, alpha, durations and repeats come back; as APNG what was a GIF."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 8, (3, 24, 28, 3), np.uint8) * 32 + 16
+    alpha = np.where(rng.random((3, 24, 28, 1)) < 0.2, 0, 255).astype(np.uint8)
+    if transparent:
+        frames = np.concatenate([frames, alpha], 3)
+    first, *rest = map(PIL.Image.fromarray, frames)
+    source = tmp_path / ANIMATIONS[kind]
+    lossless = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    shown = {"duration": [70, 80, 90], "loop": 0, "disposal": 2} | lossless
+    if kind != "GIF":
+        del shown["disposal"]
+    first.save(source, kind, save_all=True, append_images=rest, **shown)
+    options = ("--pages", "all", "--sigma", "9", "--model", tiny_weights, "--json")
+    done = cdnctl("denoise", source, "--strength", "0", *options)
+    (record,) = done.records
+    out = Path(record["output"])
+    assert out.suffix == (".png" if kind == "GIF" else source.suffix) and record["pages"] == 3
+    with PIL.Image.open(source) as before, PIL.Image.open(out) as after:
+        assert after.n_frames == 3 and after.info.get("loop") == 0
+        for i, duration in enumerate((70, 80, 90)):
+            one, other = (np.asarray(_at(p, i).convert("RGBA")) for p in (before, after))
+            assert after.info["duration"] == before.info["duration"] == duration
+            seen = one[:, :, 3] > 0
+            np.testing.assert_array_equal(one[seen], other[seen])
+            np.testing.assert_array_equal(one[:, :, 3], other[:, :, 3])
+    wrong = cdnctl("denoise", source, "-o", "a.tif", *options)
+    assert wrong.code == 1 and ".webp" in wrong.records[0]["error"]
+
+
+def _at(picture: Any, frame: int) -> Any:
+    picture.seek(frame)
+    return picture

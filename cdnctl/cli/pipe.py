@@ -99,7 +99,8 @@ def pipe_pages(
             with images.saving(output, overwrite=overwrite) as file:
                 restored = batch.write(file, output.suffix.lower(), place, name, advance.within)
         else:
-            suffix = ".npy" if images.is_array(place) else ".tif"
+            with images.open_pages(place, batch.max_pixels, name) as pages:
+                suffix = pages.suffixes[0]
             with (folder / "result").open("w+b") as file:
                 restored = batch.write(file, suffix, place, name, advance.within)
                 file.seek(0)

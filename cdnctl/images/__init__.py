@@ -49,7 +49,6 @@ from cdnctl.images.codec import (
 )
 from cdnctl.images.image import Image, Metadata, from_unit, to_unit
 from cdnctl.images.notes import with_note
-from cdnctl.images.pages import SUFFIXES as PAGES_SUFFIXES
 from cdnctl.images.pages import (
     Pages,
     is_array,
@@ -67,7 +66,6 @@ __all__ = [
     "LOSSY_SUFFIXES",
     "MAX_PIXELS",
     "MEGAPIXEL",
-    "PAGES_SUFFIXES",
     "PEAK",
     "QUALITY",
     "READ_SUFFIXES",

@@ -56,9 +56,9 @@ def check_size(width: int, height: int, max_pixels: int, data: bytes | None = No
 def check_frames(frames: int) -> None:
     if frames != 1:
         raise ImageError(
-            f"it holds {frames} frames or pages, not one picture; denoise takes TIFF and .npy "
-            f"stacks with --pages all (or some, such as 1:{frames}); for all else save each one as "
-            "a file of its own"
+            f"it holds {frames} frames or pages, not one picture; denoise takes stacks (TIFF, "
+            f".npy) and animations with --pages all (or some, such as 1:{frames}); for all else "
+            "save each one as a file of its own"
         )
 
 

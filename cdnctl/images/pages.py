@@ -1,4 +1,4 @@
-"""Files of many pictures, a page in memory at a time: TIFF stacks and numpy arrays.
+"""Files of many pictures, a page in memory at a time: TIFF stacks, numpy arrays, animations.
 
 ::
 
@@ -25,8 +25,7 @@ from cdnctl.images.image import Image, Metadata
 from cdnctl.images.quiet import quiet
 
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-SUFFIXES = (".tif", ".tiff", ".npy")
-"""Of files that pages are written to."""
+FRAMES = (b"GIF8", b"\x89PNG", b"RIFF")  # first bytes of what may be animations
 
 
 class Pages(ABC):
@@ -38,6 +37,8 @@ class Pages(ABC):
     """How many pages lie along each axis; () for a single page."""
     dtype: np.dtype[Any]
     """Of the samples of the first page, in the file."""
+    suffixes: tuple[str, ...] = (".tif", ".tiff", ".npy")
+    """Of files that its pages can be written to; first of the same kind."""
 
     @property
     def count(self) -> int:
@@ -67,6 +68,8 @@ class Pages(ABC):
 
 class ArrayPages(Pages):
     """A numpy array: one picture, or a stack with any number of axes."""
+
+    suffixes = (".npy", ".tif", ".tiff")
 
     def __init__(self, path: Path, max_pixels: int):
         self._array = npy.open_array(path)
@@ -137,7 +140,7 @@ def takes_pages(path: Path) -> bool:
             head = file.read(6)
     except OSError:
         return False
-    return head[:4] in TIFF_SIGNATURES or head == npy.SIGNATURE
+    return head[:4] in (*TIFF_SIGNATURES, *FRAMES) or head == npy.SIGNATURE
 
 
 def is_array(path: Path) -> bool:
@@ -161,7 +164,11 @@ def open_pages(path: Path, max_pixels: int = MAX_PIXELS, name: str | None = None
                 from cdnctl.images.tiff_pages import TiffPages
 
                 return TiffPages(path, max_pixels)
-        reason = "it is neither TIFF nor .npy, and holds no pages"
+            if head[:4] in FRAMES:
+                from cdnctl.images.frames import FramePages
+
+                return FramePages(path, max_pixels)
+        reason = "it is neither TIFF nor .npy nor an animation, and holds no pages"
     except ImageError as error:
         reason = str(error)
     except OSError as error:
@@ -201,6 +208,10 @@ def write_pages(
     """
     whole = len(chosen) == pages.count
     outer = pages.shape if whole else (len(chosen),)
+    from cdnctl.images.frames import FramePages, write_frames
+
+    if isinstance(pages, FramePages):
+        return write_frames(file, suffix, pages, chosen, images, strip)
     if suffix == ".npy":
         first = next(images)
         if first.alpha is not None:

@@ -87,7 +87,7 @@ def decode(data: bytes, suffix: str, max_pixels: int) -> Image:
             png=png.extras(data) if picture.format == "PNG" else (),
         )
         lossy = picture.format in ("JPEG", "MPO", "AVIF", "HEIF", "JPEG2000") or (
-            picture.format == "WEBP" and b"VP8L" not in _riff_chunks(data)
+            picture.format == "WEBP" and b"VP8L" not in riff_chunks(data)
         )
     return make_image(
         samples,
@@ -205,7 +205,7 @@ def _heif_plugin() -> None:
     pillow_heif.register_heif_opener()
 
 
-def _riff_chunks(data: bytes) -> set[bytes]:
+def riff_chunks(data: bytes) -> set[bytes]:
     """Return the names of the chunks of a WebP file."""
     names, at = set(), 12
     while at + 8 <= len(data):

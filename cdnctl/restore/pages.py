@@ -16,7 +16,7 @@ import hashlib
 import math
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -106,19 +106,21 @@ def looked_over(
     settings = denoise.settings
     samples: list[np.ndarray] = []
     squares: dict[int, list[np.ndarray]] = defaultdict(list)
-    channels = [pages.channel(index) for index in chosen]
+    among = Counter(pages.channel(index) for index in chosen)
+    seen: Counter[int] = Counter()
     low, high = math.inf, -math.inf
     shapes = set()
-    for place, index in enumerate(chosen):
+    for index in chosen:
         image = images.read_page(pages, index, name)
         low, high = min(low, image.samples.min()), max(high, image.samples.max())
         step = math.ceil(math.sqrt(len(chosen) * image.samples.size / MOST_SAMPLES))
-        visible = image.samples if image.alpha is None else image.samples[image.alpha > 0]
-        samples.append(visible[::step, ::step].ravel() if visible.ndim == 3 else visible.ravel())
+        some = image.samples[::step, ::step]
+        hidden = None if image.alpha is None else image.alpha[::step, ::step] == 0
+        samples.append((some if hidden is None or hidden.all() else some[~hidden]).ravel())
         shapes.add((image.samples.shape, image.dtype))
-        own = channels[place]
-        among = channels.count(own)
-        squares[own] += _squares(image.samples, channels[:place].count(own), among)
+        own = pages.channel(index)
+        squares[own] += _squares(image.samples, seen[own], among[own])
+        seen[own] += 1
     whole = Image(np.concatenate(samples)[:, None, None])
     if images.is_unknown(pages.dtype) and settings.range is None:
         raise ImageError(
@@ -183,7 +185,7 @@ class PagesBatch(Batch[Restored]):
     ) -> Generator[Done[Restored]]:
         """See `Batch`; all jobs are known before."""
         every = [job for job in jobs if isinstance(job, Job)]
-        stacks = [job for job in every if is_stack(job.source)]
+        stacks = [job for job in every if is_stack(job.source, self.max_pixels)]
         single: list[Job] = []
         for job in (job for job in every if job not in set(stacks)):
             try:
@@ -212,6 +214,10 @@ class PagesBatch(Batch[Restored]):
             origin = Origin(digest_of(job.source), job.source.stat().st_size, time_of_input)
             job.output.parent.mkdir(parents=True, exist_ok=True)
             temporary = images.temporary_name()
+            if self.manifest is not None:
+                # Now, as this takes long: whoever goes on after a sudden death removes it.
+                begun = {"output": self.manifest.name_of(job.output), "temporary": temporary}
+                self.manifest.add(begun | {"input": name})
             with images.saving(job.output, temporary, overwrite=overwrite) as file:
                 restored = self.write(
                     file, job.output.suffix.lower(), job.source, name, self._watched(job)
@@ -221,8 +227,7 @@ class PagesBatch(Batch[Restored]):
                     file.seek(0)
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                     record = self._record(job, origin, restored, found, seconds)
-                    more = {"pages": restored.pages, "temporary": temporary}
-                    self.manifest.add(record | more)
+                    self.manifest.add(record | {"pages": restored.pages})
             return Done(job, restored, seconds=time.monotonic() - started)
         except OutputExistsError:
             return self._taken(job)
@@ -250,12 +255,12 @@ class PagesBatch(Batch[Restored]):
         name: of the stack, for messages. watch: told the share of the work that is done.
         ImageError if a page will not do, or the format holds no stacks.
         """
-        if suffix not in images.PAGES_SUFFIXES:
-            raise ImageError(
-                f"{name!r} is a stack, which {suffix} files cannot hold: name an output that ends "
-                f"in {' or '.join(images.PAGES_SUFFIXES)}"
-            )
         with images.open_pages(source, self.max_pixels, name) as pages:
+            if suffix not in pages.suffixes:
+                raise ImageError(
+                    f"{name!r} is a stack, and not to be written as {suffix}: name an output that "
+                    f"ends in {' or '.join(pages.suffixes)}"
+                )
             chosen = self.pages.of(pages.count, name)
             assert isinstance(self.operation, Denoise)
             operation, notes = looked_over(self.operation, pages, chosen, name)
@@ -336,12 +341,12 @@ def _kind(operation: Denoise, ready: Ready) -> tuple[object, ...]:
     return (*ready.image.samples.shape, operation.by_camera(ready))
 
 
-def is_stack(path: Path) -> bool:
+def is_stack(path: Path, max_pixels: int) -> bool:
     """Whether a file is a stack, or an array, of which pages keep what pictures cannot."""
     if not images.takes_pages(path):
         return False
     try:
-        with images.open_pages(path) as pages:
+        with images.open_pages(path, max_pixels) as pages:
             return pages.count > 1 or images.is_array(path)
     except ImageError:
         return True  # why it cannot be opened is said when its turn comes
