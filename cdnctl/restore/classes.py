@@ -120,6 +120,12 @@ def rms(values: Tensor) -> float:
     return values.double().square().mean().sqrt().item()
 
 
+def few(height: int, width: int) -> int:
+    """How many pictures of one size are classified together. Most commands see one alone, which
+    is not to wait for a large batch of blanks; more would be faster by a third."""
+    return max(1, batch_size(height, width) // 4)
+
+
 @dataclass(frozen=True)
 class Seen:
     """A picture as its classes are told from it: small, whatever it was."""
@@ -144,17 +150,17 @@ def seen(image: Image, model: Model, sigma: float | None = None) -> Seen:
 @torch.no_grad()
 def classify_together(pictures: Sequence[Seen]) -> list[Classified]:
     """Posteriors over classes, those of one size in the network together; to the bit what each
-    has on its own, see `batch_size`."""
+    has on its own, see `batch_size` and `few`."""
     found: dict[int, Classified] = {}
 
     def kind(i: int) -> tuple[int, ...]:
         view = pictures[i].view
         return view.height, view.width, id(view.model)
 
-    for group in batches(range(len(pictures)), kind, batch_size):
+    for group in batches(range(len(pictures)), kind, few):
         views = [pictures[i].view for i in group]
         with memory_errors(views[0]):
-            logits = Stack(views).logits
+            logits = Stack(views, few(views[0].height, views[0].width)).logits
         for i, view, row in zip(group, views, logits, strict=True):
             one = pictures[i]
             posterior = ranked(view.model, row)

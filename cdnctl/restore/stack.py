@@ -27,11 +27,12 @@ class Stack:
     """Pictures of one shape (H, W, C) in the network together.
 
     views: at most `batch_size` small pictures, which blanks fill up to a full batch; or a single
-    one of any size, in tiles if it is large.
+    one of any size, in tiles if it is large. size: how many make a full batch, if not so many.
     """
 
-    def __init__(self, views: Sequence[View]):
+    def __init__(self, views: Sequence[View], size: int | None = None):
         self.views, self.first = views, views[0]
+        self.size = size or batch_size(self.first.height, self.first.width)
         self.model = self.first.model
         self.tiled = len(self.first.tiles) > 1
         self._logits: Tensor | None = None
@@ -60,7 +61,7 @@ class Stack:
 
     def _filled(self, values: Tensor, blank: float = 0.0) -> Tensor:
         """(n, ...) with blanks up to a full batch, on the device of the model."""
-        blanks = batch_size(self.first.height, self.first.width) - len(values)
+        blanks = self.size - len(values)
         return torch.cat([values, values.new_full((blanks, *values.shape[1:]), blank)]).to(
             self.model.device
         )
