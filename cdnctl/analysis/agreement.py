@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cdnctl.analysis.ood import fit
 from cdnctl.core.joint import Denoiser
 from cdnctl.core.noise import noisy_version
 
@@ -167,3 +168,15 @@ def _unit(pictures: Tensor) -> Tensor:
     flat = pictures.flatten(1).double()
     flat = flat - flat.mean(1, keepdim=True)
     return flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def crop(pixels: np.ndarray, side: int, channels: int) -> np.ndarray:
+    """The central square of a picture (H, W, C) as a network was trained on: float32
+    (side, side, channels). A smaller picture is enlarged; gray is repeated, colour averaged."""
+    height, width = pixels.shape[:2]
+    if min(height, width) >= side:
+        top, left = (height - side) // 2, (width - side) // 2
+        pixels = pixels[top : top + side, left : left + side]
+    if pixels.shape[2] > channels:
+        pixels = pixels.mean(2, keepdims=True)
+    return fit(pixels, side, channels)
