@@ -195,12 +195,14 @@ def _own(models: Sequence[Model], datasets: Sequence[Path]) -> list[Pictures]:
     import torch
 
     from cdnctl.training.datasets import load_datasets
+    from cdnctl.training.halves import chosen
 
-    cpu = torch.device("cpu")
-    return [
-        load_datasets(datasets, training_config(m).data, cpu, channels=m.needs.channels)[0]
-        for m in models
-    ]
+    found, cpu = [], torch.device("cpu")
+    for model in models:
+        data = training_config(model).data
+        whole, _ = load_datasets(datasets, data, cpu, channels=model.needs.channels)
+        found.append(chosen(whole, data))
+    return found
 
 
 def _squares(pictures: Pictures, which: Tensor, side: int) -> Tensor:
