@@ -73,7 +73,7 @@ def measure(
     x = np.stack([pixels for _, pixels in pictures]).transpose(0, 3, 1, 2)
     batches = torch.from_numpy(np.ascontiguousarray(x)).to(models[0].device).split(64)
     try:
-        found = compare(*chains, batches, torch.Generator().manual_seed(seed))
+        found = compare(chains[0], chains[1], batches, torch.Generator().manual_seed(seed))
     except ValueError as error:
         raise UsageError(f"--weights: {error}") from None
     if found and all(one.reason is not None for one in found):
