@@ -102,6 +102,13 @@ def test_networks_that_do_the_same_have_seen_enough(cdnctl: Run, place: Path) ->
     assert "seen enough pictures" in cdnctl(*PAIR, "--sigma", "25").text
 
 
+def test_a_broken_file_is_passed_over_and_said(cdnctl: Run, place: Path) -> None:
+    (place / "set/9.png").write_bytes(b"no picture")
+    done = cdnctl(*PAIR, "--sigma", "25", "--json")
+    assert done.code == 1 and "9.png" in done.err
+    assert done.records[0]["protocol"]["pictures"] == 3 and done.records[0]["verdict"] is None
+
+
 def test_samples_beside_what_they_were_made_of(cdnctl: Run, place: Path) -> None:
     halves(place, "data.holdout=0")
     for i in range(12):
@@ -126,6 +133,7 @@ def test_samples_beside_what_they_were_made_of(cdnctl: Run, place: Path) -> None
         (("compare", "a.safetensors", "a.safetensors", "--on", "set"), "are the same weights"),
         ((*PAIR, "--sigma", "0"), "sigma 0 cannot be compared"),
         ((*PAIR, "-o", "x.png"), "say how many"),
+        ((*PAIR, "--samples", "2", "-o", "x.txt"), "'x.txt' must be a picture file"),
         ((*PAIR, "--weights", "--samples", "2"), "leave out --samples"),
         ((*PAIR, "--weights"), "do not say how they were trained"),
         ((*PAIR, "--trained-on", "set"), "do not say how they were trained"),

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdnctl.cli.common import keep_existing, report_error, start_torch
+from cdnctl.cli.common import keep_existing, start_torch
 from cdnctl.cli.likeness import measure, tell, training_config
 from cdnctl.cli.options import Device, Json, Quiet, Threads, parse_levels
 from cdnctl.cli.progress import progress
-from cdnctl.cli.report import Levels, Limit, Seed
+from cdnctl.cli.report import Levels, Limit, Report, Seed
 from cdnctl.cli.tables import Column, Row, plain, print_table, protocol
 from cdnctl.errors import UsageError
 from cdnctl.units import PEAK
@@ -106,11 +106,15 @@ def compare(
     Train both with --set data.half=first and second. What they do differently to the same noisy
     pictures is due to the pictures that they saw: many enough, and there is no difference.
     """
+    from cdnctl import images
+
     if weights and (samples or trained_on):
         raise UsageError("--weights looks at weights alone: leave out --samples and --trained-on")
     if output is not None:
         if not samples:
             raise UsageError(f"-o {str(output)!r} is for samples: say how many, such as -o 8")
+        if output.suffix.lower() not in images.WRITE_SUFFIXES:
+            raise UsageError(f"-o {str(output)!r} must be a picture file, such as sheet.png")
         keep_existing(output, overwrite)
     levels = parse_levels(sigma)
     torch_device = start_torch(device, threads)
@@ -120,7 +124,8 @@ def compare(
     _check_alike(models, (first, second))
     if not weights:
         _check_levels(models, levels)
-    pictures = _pictures(on, models[0], limit)
+    report = Report("agreement", AGREEMENT, seed, limit, as_json, quiet)
+    pictures = _pictures(on, models[0], report)
     about = {
         "models": [m.name for m in models],
         "weights": [m.hash for m in models],
@@ -131,11 +136,18 @@ def compare(
     }
     if weights:
         tell(about, measure(models, pictures, seed), as_json, quiet)
-        return
-    own = _own(models, trained_on or [])
-    rows = _agreement(models, pictures, levels, seed, own, quiet, as_json)
-    drawn = _samples(models, samples, steps, seed, own, output, overwrite) if samples else []
-    _tell(about, models, rows, drawn, as_json, quiet)
+    else:
+        own = _own(models, trained_on or [])
+        rows = _agreement(models, pictures, levels, own, report)
+        drawn, lines = _samples(models, samples, steps, own, report) if samples else ([], [])
+        if output is not None:
+            from cdnctl.figures import gallery
+
+            cells = [(name, images.Image.of(x)) for name, line in lines for x in line]
+            images.write(gallery(cells, columns=samples), output, overwrite=overwrite)
+        _tell(about, models, rows, drawn, report)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 # -- what is compared ---------------------------------------------------------------------
@@ -173,16 +185,14 @@ def _check_levels(models: Sequence[Model], levels: Sequence[float]) -> None:
                 )
 
 
-def _pictures(folder: Path, model: Model, limit: int | None) -> Named:
+def _pictures(folder: Path, model: Model, report: Report) -> Named:
     """Squares of the pictures of a folder, as large as in training."""
     from cdnctl.analysis.agreement import crop
     from cdnctl.measure.evaluate import find_samples, read_pictures
 
-    found = find_samples(folder, None, model)
-    if limit is not None and limit < len(found):
-        found = [found[i * len(found) // limit] for i in range(limit)]
     side, channels = model.header.patch, model.needs.channels
-    named = [(s.key, crop(x, side, channels)) for s, x in read_pictures(found, report_error)]
+    found = report.some(find_samples(folder, None, model))
+    named = [(s.key, crop(x, side, channels)) for s, x in read_pictures(found, report.fail)]
     if not named:
         raise UsageError(f"no picture in {str(folder)!r} can be read")
     return named
@@ -225,10 +235,8 @@ def _agreement(
     models: Sequence[Model],
     pictures: Named,
     levels: Sequence[float],
-    seed: int,
     own: Sequence[Pictures],
-    quiet: bool,
-    as_json: bool,
+    report: Report,
 ) -> list[dict[str, Any]]:
     """A row for each noise level, PSNR of a model on as many of its own pictures with it."""
     import torch
@@ -243,7 +251,8 @@ def _agreement(
         squares = _squares(one, some, side).permute(0, 2, 3, 1).numpy()
         seen.append([(f"own {i}", x) for i, x in zip(some.tolist(), squares, strict=True)])
     rows = []
-    with progress(len(levels) * (1 + len(seen)), quiet, as_json) as advance:
+    seed, count = report.seed, len(levels) * (1 + len(seen))
+    with progress(count, report.quiet, report.as_json) as advance:
         for level in levels:
             found = accord(a, b, pairs(pictures, level, seed, a.device), level)
             advance()
@@ -263,39 +272,31 @@ def _agreement(
 
 
 def _samples(
-    models: Sequence[Model],
-    count: int,
-    steps: int,
-    seed: int,
-    own: Sequence[Pictures],
-    output: Path | None,
-    overwrite: bool,
-) -> list[dict[str, Any]]:
-    """Pictures that both make of the same noise, and how like they are; a sheet of them."""
+    models: Sequence[Model], count: int, steps: int, own: Sequence[Pictures], report: Report
+) -> tuple[list[dict[str, Any]], list[tuple[str, np.ndarray]]]:
+    """How like the pictures are that both make of the same noise; and lines of them, (name,
+    (count, S, S, C)), with the nearest of the pictures that each was trained on."""
     import torch
 
-    from cdnctl import images
     from cdnctl.analysis.agreement import likeness, nearest
     from cdnctl.analysis.synthesis import draw
-    from cdnctl.figures import gallery
 
-    side = models[0].header.patch
-    drawn = [torch.stack(list(draw(m, count, steps, seed=seed))).clamp(0, 1).cpu() for m in models]
+    side, drawn = models[0].header.patch, []
+    with progress(len(models), report.quiet, report.as_json) as advance:
+        for model in models:
+            made = list(draw(model, count, steps, seed=report.seed, watch=advance.within))
+            drawn.append(torch.stack(made).clamp(0, 1).cpu())
+            advance()
     rows: list[dict[str, Any]] = [
         {"sample": i, "likeness": value} for i, value in enumerate(likeness(*drawn).tolist())
     ]
     lines = [("A", drawn[0]), ("B", drawn[1])]
-    for name, key, x, pictures in zip("AB", ("nearest_a", "nearest_b"), drawn, own, strict=False):
+    for name, x, pictures in zip("AB", drawn, own, strict=False):
         values, which = nearest(x, _batches(pictures, side))
         for row, value in zip(rows, values.tolist(), strict=True):
-            row[key] = value
+            row[f"nearest_{name.lower()}"] = value
         lines.append((f"nearest of {name}", _squares(pictures, which, side)))
-    if output is not None:
-        cells = [
-            (name, images.Image.of(x.permute(1, 2, 0).numpy())) for name, xs in lines for x in xs
-        ]
-        images.write(gallery(cells, columns=count), output, overwrite=overwrite)
-    return rows
+    return rows, [(name, x.permute(0, 2, 3, 1).numpy()) for name, x in lines]
 
 
 def _parted(models: Sequence[Model]) -> str | None:
@@ -320,15 +321,16 @@ def _tell(
     models: Sequence[Model],
     rows: Sequence[dict[str, Any]],
     drawn: Sequence[dict[str, Any]],
-    as_json: bool,
-    quiet: bool,
+    report: Report,
 ) -> None:
+    """Print what was found, as one JSON object or as tables and a sentence."""
     from cdnctl.analysis.agreement import verdict
 
     worst = max(rows, key=lambda row: row["share"])
     what, doubt = verdict(worst["share"]), _parted(models)
-    if as_json:
-        record = {"protocol": about, "agreement": rows, "verdict": what, "doubt": doubt}
+    if report.as_json:
+        said = what if doubt is None else None
+        record = {"protocol": about, "agreement": rows, "verdict": said, "doubt": doubt}
         print(json.dumps(plain(record | {"samples": drawn})))
         return
     print_table(_present(AGREEMENT, rows), rows)
@@ -341,7 +343,7 @@ def _tell(
             f"No verdict on the number of pictures: {doubt}. They differ by {worst['share']:.1%} "
             "of their error. Train them with --set data.half=first and --set data.half=second."
         )
-    if not quiet:
+    if not report.quiet:
         print(protocol(about))
 
 
