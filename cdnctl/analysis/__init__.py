@@ -6,5 +6,6 @@
   `separation` (how far apart its features hold the classes)
 - of weights: `stages` (a network as a chain of learnt linear maps), `encoding` (whether two found
   the same covariances), `rainbow` (networks drawn from covariances)
-- of training: `curves` (how the loss falls with the number of examples)
+- of training: `curves` (how the loss falls with the number of examples), `agreement` (whether two
+  denoisers of different pictures do the same)
 """

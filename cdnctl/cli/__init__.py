@@ -16,6 +16,7 @@ from cdnctl.cli import (
     bench,
     certify,
     classify,
+    compare,
     deblur,
     denoise,
     doctor,
@@ -61,7 +62,7 @@ app = typer.Typer(
 PANELS = {  # of the help, in its order: the modules whose commands it shows
     "Restore": (denoise, inpaint, upscale, deblur),
     "Understand": (classify, explain, noise, sample),
-    "Measure": (evaluate, attack, certify, ood, bench),
+    "Measure": (evaluate, compare, attack, certify, ood, bench),
     "Models": (train, models, doctor),
     "Fields": (field,),
 }

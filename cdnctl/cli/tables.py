@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -72,3 +73,18 @@ def scaled(item: Any, **first: Any) -> dict[str, Any]:
     if values["sigma"] is not None:
         values["sigma"] = round(values["sigma"] * PEAK, 4)
     return values
+
+
+def plain(value: Any) -> Any:
+    """As JSON and a table can hold it: what is no finite number is None."""
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def protocol(about: Mapping[str, Any]) -> str:
+    """How something was measured, on one line."""
+    values = {k: " and ".join(v) if isinstance(v, list) else v for k, v in about.items()}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())

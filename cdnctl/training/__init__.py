@@ -2,6 +2,7 @@
 
 - `config`: the TOML file, checked key by key before anything runs
 - `datasets`: picture files in folders and zip files, all of them in memory
+- `halves`: disjoint halves of them, without near duplicates
 - `batches`: batch t as a function of (seed, t)
 - `step`: the loss, its gradients, a step of the optimizers
 - `state`: weights, their average, optimizers, guard; saved and loaded

@@ -35,6 +35,11 @@ class DataConfig:
     flats: float = 0.0  # share of the crops replaced by flat colours and gradients
     patterns: float = 0.0  # share of them replaced by stripes and checks of 1 to 8 pixels
     holdout: int = 500  # pictures kept out for validation where a dataset has no val/ folder
+    # Part of what is left: all, or the first or second of two disjoint halves, in an order that is
+    # random and always the same; two networks of them tell whether pictures are enough (compare).
+    half: str = "all"
+    limit: int = 0  # of the pictures of that part (0: all of them)
+    distinct: bool = True  # with either of the two: without near duplicates, taken out before
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,7 @@ def bounds(c: TrainConfig) -> tuple[tuple[str, float, float, float], ...]:
         ("data.flats", c.data.flats, 0, 1),
         ("data.patterns", c.data.patterns, 0, 1),
         ("data.holdout", c.data.holdout, 0, 10**9),
+        ("data.limit", c.data.limit, 0, 10**9),
         ("noise.low", c.noise.low, 0, c.noise.high),
         ("noise.high", c.noise.high, c.noise.low, PEAK),
         ("noise.power", c.noise.power, 0, 100),
@@ -221,6 +227,8 @@ def _check(c: TrainConfig) -> None:
         raise ConfigError(f"optim.kind is {c.optim.kind!r}, but must be adamw, muon or sgd")
     if c.optim.schedule not in ("cosine", "linear"):
         raise ConfigError(f"optim.schedule is {c.optim.schedule!r}, but must be cosine or linear")
+    if c.data.half not in ("all", "first", "second"):
+        raise ConfigError(f"data.half is {c.data.half!r}, but must be all, first or second")
     if c.noise.wide and not c.noise.top > c.noise.high > 0:
         raise ConfigError(
             f"noise.top is {c.noise.top} and noise.high {c.noise.high}, but with noise.wide levels "

@@ -21,6 +21,7 @@ from cdnctl.errors import TrainingError, UsageError
 from cdnctl.training.batches import Batches
 from cdnctl.training.config import TrainConfig, needs
 from cdnctl.training.datasets import Unread, load_datasets
+from cdnctl.training.halves import chosen
 from cdnctl.training.runs import (
     RESULTS,
     Outcome,
@@ -78,6 +79,7 @@ def train(
     pictures, held = load_datasets(
         known.datasets, config.data, device, known.passed_over, needs(config).channels
     )
+    pictures = chosen(pictures, config.data)
     unread = (*pictures.unread, *held.unread)
     loaded(unread)
     this = known.with_pictures(pictures, held)

@@ -19,6 +19,7 @@ from cdnctl.errors import SetupError
 from cdnctl.training.batches import Batches
 from cdnctl.training.config import TrainConfig, needs
 from cdnctl.training.datasets import Unread, load_datasets
+from cdnctl.training.halves import chosen
 from cdnctl.training.runs import class_names, make_header, make_model
 from cdnctl.training.state import TrainState
 from cdnctl.training.step import loss_and_gradients, make_objective, numerics, train_step
@@ -65,6 +66,7 @@ def probe(
     """
     deadline = time.monotonic() + max_seconds
     pictures, held = load_datasets(datasets, config.data, device, channels=needs(config).channels)
+    pictures = chosen(pictures, config.data)
     loaded((*pictures.unread, *held.unread))
     batches = Batches(pictures, config.data, config.noise, config.loss, config.run.seed)
     header = make_header(config, class_names(pictures), datasets)
