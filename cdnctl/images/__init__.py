@@ -49,17 +49,16 @@ from cdnctl.images.codec import (
 )
 from cdnctl.images.image import Image, Metadata, from_unit, to_unit
 from cdnctl.images.notes import with_note
-from cdnctl.images.pages import (
-    Pages,
+from cdnctl.images.pages import Pages, is_unknown
+from cdnctl.images.pillow import QUALITY, jpeg_orientation
+from cdnctl.images.quiet import quiet
+from cdnctl.images.stacks import (
     is_array,
-    is_unknown,
     open_pages,
     read_page,
     takes_pages,
     write_pages,
 )
-from cdnctl.images.pillow import QUALITY, jpeg_orientation
-from cdnctl.images.quiet import quiet
 from cdnctl.units import PEAK
 
 __all__ = [
