@@ -105,9 +105,9 @@ class Deblock:
             first = min(FIRST * sigma, prior.highest)
             sigmas = geometric(first, first * LAST / FIRST, STEPS)
 
-            def within(t: Tensor, s: Tensor | float) -> Tensor:
-                mirrored = prior(t.flip(-1), s).flip(-1)
-                return box.project((prior(t, s) + mirrored) / 2)
+            def within(y: Tensor, sigma: Tensor | float) -> Tensor:
+                mirrored = prior(y.flip(-1), sigma).flip(-1)
+                return box.project((prior(y, sigma) + mirrored) / 2)
 
             y = settle(within, y, sigmas, watch)
             for _ in range(MEETINGS):
