@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_the_command(cdnctl: Run, tmp_path: Path) -> None:
     options = ("--dimensions", 2, "--counts", "8,24")
     done = cdnctl("bench", "learning", "set", "--classes", "dark,light", *options, "--json")
     assert done.code == 0, done.err
-    (rows,) = done.records
+    rows: Any = done.records[0]
     assert [row["approach"] for row in rows] == ["generative", "discriminative"]
     assert all(row["at 8"] > 0 and row["at 24"] > 0 for row in rows)
     for bad, word in (("dark,blue", "'dark,blue'"), ("dark", "dark, light, other")):

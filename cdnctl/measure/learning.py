@@ -67,7 +67,7 @@ def regressed(x: Array, labels: Array) -> Array:
     design = np.column_stack([np.ones(len(x)), x])
     weights = np.zeros(design.shape[1])
     for _ in range(NEWTON):
-        p = 1 / (1 + np.exp(-np.clip(design @ weights, -30, 30)))
+        p: Array = 1 / (1 + np.exp(-(design @ weights).clip(-30, 30)))
         gradient = design.T @ (p - labels) / len(x) + RIDGE * weights
         curvature = p * (1 - p) / len(x)
         hessian = (design * curvature[:, None]).T @ design + RIDGE * np.eye(len(weights))

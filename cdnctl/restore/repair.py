@@ -183,11 +183,11 @@ class Repair(ABC):
             tile=settings.tile,
             memory=settings.memory,
         )
-        noise = problem.noise * (1.0 if settings.samples else self.trust)
-        guided = Guided(prior, problem.operator, problem.measured, noise)
+        trusted = problem.noise * (1.0 if settings.samples else self.trust)
+        guided = Guided(prior, problem.operator, problem.measured, trusted)
         try:
             start = self.begin(problem)
-            found = list(self._solved(guided, prior, start, watch))
+            found = list(self._solved(guided, prior, start, problem.noise, watch))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -210,18 +210,23 @@ class Repair(ABC):
         return Repaired(result, model, problem.noise, rms, self.steps, draws, ends=settings.range)
 
     def _solved(
-        self, guided: Guided, prior: Prior, start: Tensor, watch: Callable[[float], None]
+        self,
+        guided: Guided,
+        prior: Prior,
+        start: Tensor,
+        noise: float,
+        watch: Callable[[float], None],
     ) -> Iterator[Tensor]:
         """The draws, or what is found without."""
         settings = self.settings
         if not settings.samples:
             first = min(self.first, prior.highest)
-            last = min(max(self.last, guided.noise), first / 2)
+            last = min(max(self.last, noise), first / 2)
             sigmas = geometric(first, last, self.steps)
             yield reconstruct(guided, sigmas, start, watch, self.pull, self.drive)
             return
         first = prior.highest
-        last = min(max(1 / images.PEAK, guided.noise), first / 2)
+        last = min(max(1 / images.PEAK, noise), first / 2)
         sigmas = geometric(first, last, self.steps)
         device = guided.measured.device
         generator = torch.Generator(device).manual_seed(settings.seed)
