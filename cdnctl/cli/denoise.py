@@ -203,7 +203,7 @@ def denoise(
         def as_files(job: Job, path: Path, batch: Batch[Deblocked], result: Deblocked) -> None:
             write_comparison(job, path, batch, None)
 
-        compared = Beside("--compare", compare, images.WRITE_SUFFIXES, as_files)
+        compared = Beside("--compare", compare, images.WRITE_SUFFIXES - {".npy"}, as_files)
         operation = Deblock(level, wanted if isinstance(wanted, dict) else None, tile, budget)
         restore_files(files, operation, models, JpegPrinter(as_json, quiet), [compared])
         return
@@ -236,7 +236,7 @@ def denoise(
 
     beside = [
         Beside("--uncertainty", uncertainty, NUMBERS | {".png"}, uncertain),
-        Beside("--compare", compare, images.WRITE_SUFFIXES, compared_with),
+        Beside("--compare", compare, images.WRITE_SUFFIXES - {".npy"}, compared_with),
     ]
     if selection is None:
         restore_files(files, Denoise(settings), models, printer, beside)
