@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import Run
+from processes import COMMAND, Run
 from tiny import noisy_picture, tiny, write
 
 from cdnctl import images
@@ -73,3 +75,16 @@ def test_certificates_as_a_table(tmp_path: Path, cdnctl: Run, weights: Path) -> 
     with (tmp_path / "a.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["radius"]) == record["radius"] and row["class"] == (record["class"] or "")
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_costs_no_table(tmp_path: Path, weights: Path) -> None:
+    for i in range(3):
+        write(tmp_path / "in" / f"{i}.png")
+    read, end = os.pipe()
+    os.close(read)
+    command = [COMMAND, "classify", "in", "--model", weights, "--csv", "a.csv"]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, stdout=end, check=False)
+    os.close(end)
+    assert done.returncode == 0
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 4

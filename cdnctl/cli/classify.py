@@ -151,6 +151,7 @@ def classify(
         scale=scale,
         as_json=as_json,
         quiet=quiet,
+        only_print=csv_file is None,
         record_of=note_row,
         finish=finish,
     )

@@ -27,6 +27,7 @@ def look_at_each(
     tell: Callable[[Sequence[Any]], Sequence[Told]] = list,
     *,
     together: int = 1,
+    only_print: bool = True,
     recursive: bool,
     max_megapixels: int | None,
     scale: str | None,
@@ -40,7 +41,7 @@ def look_at_each(
 
     look: what is kept of a picture; without ``tell`` it is what is found. tell: what is found, from
     what is kept of at most ``together`` pictures; from each on its own if one of them spoils it.
-    record_of: is given every record.
+    record_of: is given every record. only_print: whether all is in vain when nobody reads.
     """
     from cdnctl import images
     from cdnctl.restore import on_unit_scale
@@ -57,7 +58,6 @@ def look_at_each(
         kept: list[Any] = []
         pixels = 0
         for path in files:
-            need_reader()
             paths.append(path)
             try:
                 image = on_unit_scale(images.read(path, max_pixels), white, str(path))
@@ -80,6 +80,8 @@ def look_at_each(
         for paths, kept in groups():
             found = iter(told([one for one in kept if not isinstance(one, ImageError)]))
             for path, one in zip(paths, kept, strict=True):
+                if only_print:
+                    need_reader()
                 answer = one if isinstance(one, ImageError) else next(found)
                 if isinstance(answer, ImageError):
                     failed = True
