@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from cdnctl.errors import ConfigError
 from cdnctl.models.baselines import Classifier, UNet
+from cdnctl.models.biasfree import BiasFree, BiasFreeConfig
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.models.hybrid import Hybrid
 from cdnctl.models.network import Mixture, Needs, Network, Whole
@@ -64,6 +65,9 @@ REGISTRY: Mapping[str, Architecture] = {
     "hybrid": Architecture(NetConfig, Hybrid, _TINY, "joint"),
     "classifier": Architecture(NetConfig, Classifier, _TINY, "classifying"),
     "unet": Architecture(NetConfig, UNet, _TINY, "denoising"),
+    "biasfree": Architecture(
+        BiasFreeConfig, BiasFree, BiasFreeConfig(width=6, depth=4), "denoising"
+    ),
     "scattering": Architecture(
         ScatteringConfig, Scattering, ScatteringConfig(3, widths=(4, 6)), "classifying"
     ),
