@@ -65,8 +65,9 @@ REGISTRY: Mapping[str, Architecture] = {
     "hybrid": Architecture(NetConfig, Hybrid, _TINY, "joint"),
     "classifier": Architecture(NetConfig, Classifier, _TINY, "classifying"),
     "unet": Architecture(NetConfig, UNet, _TINY, "denoising"),
+    # So narrow, as nothing but training keeps it from changing a picture by more than its noise.
     "biasfree": Architecture(
-        BiasFreeConfig, BiasFree, BiasFreeConfig(width=6, depth=4), "denoising"
+        BiasFreeConfig, BiasFree, BiasFreeConfig(width=2, depth=4), "denoising"
     ),
     "scattering": Architecture(
         ScatteringConfig, Scattering, ScatteringConfig(3, widths=(4, 6)), "classifying"

@@ -80,7 +80,7 @@ class BiasFree(Network):
         self.first = Conv(channels, width, 3, gain=2**0.5)
         self.inner = nn.ModuleList(Conv(width, width, 3, gain=2**0.5) for _ in range(depth - 2))
         self.norms = nn.ModuleList(Spread(width) for _ in range(depth - 2))
-        self.last = Conv(width, channels, 3)
+        self.last = Conv(width, channels, 3, gain=0.1)  # starts near D = y
 
     def correction(
         self, y: Tensor, sigma: Sigma, mixture: Mixture = None, whole: Whole | None = None
