@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from cdnctl.errors import ConfigError
 from cdnctl.models.baselines import Classifier, UNet
+from cdnctl.models.biasfree import BiasFree, BiasFreeConfig
 from cdnctl.models.gradresnet import GradResNet
 from cdnctl.models.hybrid import Hybrid
 from cdnctl.models.multiscale import LocalConfig, Multiscale, MultiscaleConfig
@@ -68,6 +69,10 @@ REGISTRY: Mapping[str, Architecture] = {
     "unet": Architecture(NetConfig, UNet, _TINY, "denoising"),
     "multiscale": Architecture(
         MultiscaleConfig, Multiscale, MultiscaleConfig(3, 2, _SMALL, _SMALL), "scales"
+    ),
+    # So narrow, as nothing but training keeps it from changing a picture by more than its noise.
+    "biasfree": Architecture(
+        BiasFreeConfig, BiasFree, BiasFreeConfig(width=2, depth=4), "denoising"
     ),
     "scattering": Architecture(
         ScatteringConfig, Scattering, ScatteringConfig(3, widths=(4, 6)), "classifying"
