@@ -19,7 +19,7 @@ from cdnctl import images
 from cdnctl.api import Model
 from cdnctl.errors import ImageError, UsageError
 from cdnctl.images import Image
-from cdnctl.inverse.jpeg import Box, box_of
+from cdnctl.inverse.jpeg import SLACK, Box, box_of
 from cdnctl.restore.operation import Result
 from cdnctl.restore.prior import Prior
 from cdnctl.sampling import geometric, settle
@@ -29,6 +29,9 @@ from cdnctl.sampling import geometric, settle
 # mirror adds 0.02 dB.
 STEPS = 2
 FIRST, LAST = 1.2, 0.6  # noise levels, in units of the error of the quantisation
+# In levels: the box that is met is tighter by 1.2, which rounding the result to whole levels may
+# put a coefficient off by (4 standard deviations), so that no file's box is left by that.
+TIGHT = SLACK - 1.2
 MEETINGS = 10  # at the end, of the box and of what is no blacker than black, nor whiter than white
 START = b"\xff\xd8\xff"  # of every JPEG file
 
@@ -46,6 +49,7 @@ class Deblocked(Result):
 class _Ready:
     image: Image
     box: Box
+    inner: Box  # that the result has before it is rounded
     orientation: int  # of the picture; the box is that of the file as it is stored
 
 
@@ -73,7 +77,8 @@ class Deblock:
         if not data.startswith(START):
             raise ImageError(f"{name!r} is no JPEG file, and has no blocks: leave --jpeg out")
         try:
-            return _Ready(image, box_of(data), images.jpeg_orientation(data))
+            boxes = box_of(data), box_of(data, TIGHT)
+            return _Ready(image, *boxes, images.jpeg_orientation(data))
         except UsageError as error:
             raise ImageError(f"{name!r}: {error}") from None
 
@@ -99,8 +104,8 @@ class Deblock:
         }
 
     def _one(self, ready: _Ready, model: Model, watch: Callable[[float], None]) -> Deblocked:
-        box, orientation, image = ready.box, ready.orientation, ready.image
-        y = _tensor(images.as_stored(image.samples, orientation)).to(model.device)
+        box, inner, image = ready.box, ready.inner, ready.image
+        y = _tensor(images.as_stored(image.samples, ready.orientation)).to(model.device)
         channels, height, width = y.shape[1:]
         mixture = None if self.target is None else model.mixture(self.target)
         prior = Prior(model, (channels, height, width), mixture, tile=self.tile, memory=self.memory)
@@ -111,16 +116,16 @@ class Deblock:
 
             def within(y: Tensor, sigma: Tensor | float) -> Tensor:
                 mirrored = prior(y.flip(-1), sigma).flip(-1)
-                return box.project((prior(y, sigma) + mirrored) / 2)
+                return inner.project((prior(y, sigma) + mirrored) / 2)
 
             y = settle(within, y, sigmas, watch)
             for _ in range(MEETINGS):
-                y = box.project(y.clamp(0, 1))
+                y = inner.project(y.clamp(0, 1))
         if not y.isfinite().all():
             raise ImageError("the network gave numbers that are not finite; check --model")
         stored = images.from_unit(y[0].permute(1, 2, 0).cpu().numpy(), image.dtype)
         outside = box.outside(_tensor(stored)).item()
-        upright = images.upright(stored, orientation)
+        upright = images.upright(stored, ready.orientation)
         return Deblocked(replace(image, samples=upright), model, sigma, outside)
 
 
