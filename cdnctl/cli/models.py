@@ -162,6 +162,7 @@ def resample(
     if not quiet:
         shares = " / ".join(f"{share:.1%}" for share in explained)
         print(f"energy of activations that alignment explains, layer by layer: {shares}")
+    print(target)
 
 
 def _export_graph(source: str, target: Path) -> None:
