@@ -132,6 +132,12 @@ def test_scores_are_those_of_the_weights(name: str) -> None:
     results = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
     leading = []
     for report in read_header(bundled()[name]).scores.values():
+        first = report["scores"][0]
+        if first["sigma"] is None:  # pairs, with the noise that they have
+            gain = f"{first['psnr_noisy']:.2f} to {first['psnr']:.2f} dB"
+            assert gain in results
+            leading.append(gain in README)
+            continue
         rows = {round(row["sigma"]): row for row in report["scores"]}
         psnr = [f"{rows[sigma]['psnr']:.2f}" for sigma in (15, 25, 50)]
         ssim = [f"{rows[sigma]['ssim']:.3f}" for sigma in (15, 25, 50)]

@@ -127,7 +127,8 @@ def pictures(count: int = 24, side: int = 16) -> list[tuple[str, np.ndarray, str
 def test_every_architecture_shows_its_layers(tmp_path: Path, arch: str) -> None:
     made = REGISTRY[arch].example
     shape = asdict(made) | ({"num_classes": 2} if hasattr(made, "num_classes") else {})
-    header = Header("tiny", arch, shape, ("a", "b"), (0.0, 0.4), 16)
+    classes = ("a", "b") if "num_classes" in shape else ()
+    header = Header("tiny", arch, shape, classes, (0.0, 0.4), 16)
     torch.manual_seed(0)
     save_model(tmp_path / "tiny.safetensors", build_module(header).state_dict(), header)
     model = load(tmp_path / "tiny.safetensors")
