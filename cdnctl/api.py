@@ -282,7 +282,7 @@ def unknown_class(name: str, model: Model) -> str:
     """Message for a class that a model does not know: near matches, and who knows it."""
     from cdnctl.checkpoints import read_header
 
-    known = {n: read_header(path).classes for n, path in bundled().items()}
+    known = {n: read_header(path).told_apart for n, path in bundled().items()}
     plain = name.casefold()
     meant = SYNONYMS.get(plain, ())
     # Two of three letters alike, as in car and cat, are no misspelling.

@@ -66,11 +66,6 @@ def _budgets(training: Mapping[str, Any]) -> Iterator[str]:
         yield from _budgets(before["training"])
 
 
-def classes_told(header: Header) -> tuple[str, ...]:
-    """Those that a model tells apart: none for a denoiser, whatever its pictures were of."""
-    return () if architecture(header.arch).objective == "denoising" else header.classes
-
-
 def _kind(header: Header) -> str:
     """What sort of model it is."""
     objective = architecture(header.arch).objective
@@ -98,6 +93,7 @@ def card(path: Path) -> str:
     try:
         seed = header.training.get("config", {}).get("run", {}).get("seed", 0)
         budgets = list(_budgets(header.training))
+        kind = _kind(header)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise WeightsError(
             f"{str(path)!r} has a damaged account of its training: {brief(error)}"
@@ -129,11 +125,11 @@ def card(path: Path) -> str:
     lines += [
         f"# {header.name}",
         "",
-        f"{_kind(header)}, made by `cdnctl {maker}`.",
+        f"{kind}, made by `cdnctl {maker}`.",
         "",
         f"- architecture: `{header.arch}`, {count / 1e6:.2f} million parameters, "
         f"`{json.dumps(dict(header.model))}`",
-        f"- classes: {', '.join(classes_told(header)) or 'it knows none'}",
+        f"- classes: {', '.join(header.told_apart) or 'it knows none'}",
         f"- noise levels seen: {low:.3g} to {high:.3g}, for pixels in [0, 1]; "
         f"crops of {header.patch} pixels",
         f"- training data: {header.data}",

@@ -51,6 +51,11 @@ class Header:
     value_range: tuple[float, float] = (0.0, 1.0)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def told_apart(self) -> tuple[str, ...]:
+        """The classes that it tells apart: none for a denoiser, whatever its pictures were of."""
+        return () if architecture(self.arch).objective == "denoising" else self.classes
+
 
 _KINDS: Mapping[str, type] = {
     "name": str,

@@ -95,7 +95,7 @@ class Models:
         return self._load(name).hash if name in self._headers else None
 
     def _knows(self, name: str) -> bool:
-        return self.classes <= set(self._headers[name].classes)
+        return self.classes <= set(self._headers[name].told_apart)
 
     def _knowing(self, name: str) -> Model:
         """A model; UnknownClassError if it does not know all of the classes."""

@@ -172,6 +172,25 @@ def test_export_adds_scores_and_a_card(half: bool, tmp_path: Path) -> None:
     assert json.loads(front["model-index"])[0]["name"] == "tiny"
 
 
+def test_a_card_says_what_sort_of_model_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for arch, camera, said in (
+        ("unet", 0.8, "Denoiser of photographs"),
+        ("unet", 0.0, "Denoiser, made"),
+        ("classifier", 0.0, "Classifier, made"),
+    ):
+        training = {"config": {"noise": {"camera": camera}}}
+        header = replace(HEADER, arch=arch, scores={}, training=training)
+        save_model(path, build_module(header).state_dict(), header)
+        text = card(path)
+        assert said in text
+        assert ("classes: it knows none" in text) == (arch == "unet")
+    broken = replace(HEADER, arch="unet", scores={}, training={"config": {"noise": 3}})
+    save_model(path, build_module(broken).state_dict(), broken)
+    with pytest.raises(WeightsError, match="account of its training"):
+        card(path)
+
+
 @pytest.mark.parametrize(
     "training",
     [

@@ -36,11 +36,10 @@ def models(context: typer.Context, as_json: Json = False) -> None:
     """List the bundled models, show or export one, or draw one anew."""
     if context.invoked_subcommand is not None:
         return
-    from cdnctl.cards import classes_told
     from cdnctl.checkpoints import bundled, read_header
 
     headers = {name: read_header(path) for name, path in bundled().items()}
-    rows = [{"name": n, "classes": classes_told(h), "arch": h.arch} for n, h in headers.items()]
+    rows = [{"name": n, "classes": h.told_apart, "arch": h.arch} for n, h in headers.items()]
     if as_json:
         for row in rows:
             print(json.dumps(row))
