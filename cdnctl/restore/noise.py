@@ -27,7 +27,8 @@ OCTAVES = 4
 _GRAINY = 1.5
 _SURE = 1.25  # of colour, from a confidence of 1 / 1.25 on, what was measured is taken as it is
 
-_HEARD = 1.4  # the same for a denoiser that hears, beyond ``share``
+# Confidence up to which a denoiser that hears takes nothing, and from which it takes all.
+_HEARD = (0.2, 0.6)
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ class Noise:
     @property
     def heard(self) -> float:
         """Level to tell a denoiser that hears what the noise is like: it was trained with levels
-        as mistaken as these, and the picture tells it more."""
-        return min(1.0, _HEARD * self.share) * self.sigma
+        as mistaken as these, but not with textures that look like noise."""
+        least, most = _HEARD
+        return float(np.clip((self.confidence - least) / (most - least), 0, 1)) * self.sigma
 
     @property
     def whitened(self) -> Noise:
