@@ -54,7 +54,7 @@ def place(tmp_path_factory):
     save("photo.jpg", noisy(cat))
     save("in.png", noisy(cat))
     save("sky.png", np.repeat(np.arange(128) < 60, 192).reshape(128, 192).astype(np.uint8) * 255)
-    cells = 100 + 3995 * noisy(np.stack([cat[..., 0], cat[::-1, :, 0]])) / 255.0
+    cells = 100 + 3995 / 255 * noisy(np.stack([cat[..., 0], cat[::-1, :, 0]])).astype(float)
     tifffile.imwrite(here / "cells.tif", cells.astype(np.uint16), imagej=True)
     hole = np.zeros(cat.shape[:2], np.uint8)
     hole[40:60, 50:90] = 255
