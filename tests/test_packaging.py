@@ -97,7 +97,7 @@ EXPECTED = {p.stem for p in (ROOT / "weights").glob("*.safetensors")}
 
 def check(place: Path, inside: Path) -> None:
     found, origin = names_found(place)
-    assert set(found) == EXPECTED == {"photo", "cifar10"}
+    assert set(found) == EXPECTED == {"photo", "camera", "cifar10"}
     assert origin.is_relative_to(inside)
 
 

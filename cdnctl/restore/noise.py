@@ -27,6 +27,7 @@ OCTAVES = 4
 _GRAINY = 1.5
 _SURE = 1.25  # of colour, from a confidence of 1 / 1.25 on, what was measured is taken as it is
 
+_STRONGEST = 40 / PEAK  # of a camera's noise
 # Confidence up to which a denoiser that hears takes nothing, and from which it takes all.
 _HEARD = (0.2, 0.6)
 
@@ -141,8 +142,9 @@ class Noise:
 
     @property
     def by_camera(self) -> bool:
-        """Whether its octaves differ as well: it has come through demosaicing or a filter."""
-        return self.camera and not self.is_white
+        """Whether its octaves differ as well: it has come through demosaicing or a filter. No
+        camera's is stronger than a bound, but stripes may be."""
+        return self.camera and not self.is_white and self.sigma <= _STRONGEST
 
     @property
     def is_white(self) -> bool:
