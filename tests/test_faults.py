@@ -754,7 +754,7 @@ def test_a_full_disk(place: Path, cdnctl: Run, monkeypatch: pytest.MonkeyPatch, 
 
     def opened(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
         found = real_open(file, mode, *args, **options)
-        wanted = "xb" if where == "the picture" else "a+b"
+        wanted = "x+b" if where == "the picture" else "a+b"
         return Disk(found) if mode == wanted and "out" in str(file) else found
 
     def named(part: Path, target: Path, overwrite: bool) -> None:
