@@ -59,7 +59,9 @@ def noise(
 
     def look(image: Image) -> tuple[dict[str, Any], str]:
         level = noise_level(image)
-        told = round(PEAK * level.sigma, 3)
+        noise = level.noise
+        by_camera = noise is not None and noise.by_camera  # then it is for the model of cameras
+        told = round(PEAK * (noise.heard if by_camera and noise else level.sigma), 3)
         record: dict[str, Any] = {"sigma": told}
         words = "too small to tell more"
         if level.noise is not None:
