@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from camera import Camera, demosaic, mosaic, photograph, to_display, to_linear
+from grain import shaped
 from skimage.data import astronaut
 from torch import Tensor
 
-from cdnctl.core.coloured import AXES, OCTAVES, curve, local_tone, shaped
+from cdnctl.core.coloured import AXES, OCTAVES, curve, local_tone
 from cdnctl.core.tone import to_display as to_display_too
 from cdnctl.core.tone import to_light
 from cdnctl.training import cameras

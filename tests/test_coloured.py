@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from grain import shaped
 from tiny import noisy_picture, tiny
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from cdnctl.core.coloured import (
     curve,
     local_tone,
     octave_of,
-    shaped,
 )
 from cdnctl.models import REGISTRY, NetConfig
 from cdnctl.restore import Level, Stack, View

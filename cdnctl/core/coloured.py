@@ -3,7 +3,7 @@
 Cameras leave such noise: demosaicing and compression take its finest octave, filters that
 overlap make chroma stronger than luma, and light makes it stronger in some tones than in others.
 For n ~ N(0, S) with a known covariance S, E[x | y] = y + S grad log p(y), so a network needs to
-know S. This module describes S to it, as `Told`, and draws such noise.
+know S. This module describes S to it, as `Told`.
 """
 
 from __future__ import annotations
@@ -43,27 +43,6 @@ def octave_of(height: int, width: int, device: torch.device | None = None) -> Te
     the centres of octaves, from -1/2, single pixels, upwards; the mean has infinity."""
     f = [torch.fft.fftfreq(n, device=device).abs() for n in (height, width)]
     return -torch.maximum(f[0][:, None], f[1][None]).log2() - 1.5
-
-
-def shaped(white: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """White noise (B, 3, H, W) of unit variance given the relative levels, (B, 2, OCTAVES), of
-    luma and chroma: (B, 3, H, W) of unit variance on average over channels, and its spectrum as in
-    `Told`. Levels are joined smoothly; the borders are periodic."""
-    at = octave_of(white.shape[-2], white.shape[-1], white.device)
-    place = at.clamp(0, OCTAVES - 1)
-    left = place.long().clamp_max(OCTAVES - 2)
-    logs = levels.log()
-    joined = torch.lerp(logs[..., left], logs[..., left + 1], place - left)  # (B, 2, H, W)
-    power = (2 * joined).exp()
-    total = ((power[:, 0] + 2 * power[:, 1]) / 3).mean((1, 2))
-    power = power / total.view(-1, 1, 1, 1)
-    band = (at + 0.5).floor().clamp(0, OCTAVES - 1)
-    bands = torch.stack([(band == j).to(power.dtype) for j in range(OCTAVES)])
-    bands = bands / bands.sum((1, 2), keepdim=True)
-    means = torch.einsum("bahw,jhw->baj", power, bands)
-    gain = power.sqrt()[:, [0, 1, 1]]
-    axes = torch.fft.ifft2(torch.fft.fft2(white) * gain).real
-    return torch.einsum("ac,bahw->bchw", AXES.to(white), axes), said(means.sqrt())
 
 
 def said(relative: Tensor) -> Tensor:
